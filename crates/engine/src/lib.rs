@@ -1,1 +1,14 @@
-//! x
+//! The flash-moe engine.
+//!
+//! Knows the model; opens no socket, prints nothing, reads no environment, never exits. Modules
+//! stand in the order in which a token meets them.
+
+pub mod error;
+pub mod memory;
+
+pub mod container;
+pub mod shape;
+
+pub mod store;
+
+pub use error::{Error, Result};

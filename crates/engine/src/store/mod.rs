@@ -1,0 +1,3 @@
+//! Experts on disk, in a bounded pool of slots.
+
+pub mod read;
