@@ -10,7 +10,7 @@ use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
-use flash_moe_kernels::block::{Format, Rows, ScaleType};
+use flash_moe_kernels::{Format, Rows, ScaleType};
 use safetensors::Dtype;
 use safetensors::tensor::{Metadata, SafeTensors, TensorInfo};
 use serde::{Deserialize, Serialize};
@@ -436,7 +436,7 @@ impl Matrix {
         self.weight.bytes().len() + self.scales.bytes().len() + self.biases.bytes().len()
     }
 
-    fn try_rows(&self) -> Result<Rows<'_>, flash_moe_kernels::block::LayoutError> {
+    fn try_rows(&self) -> Result<Rows<'_>, flash_moe_kernels::LayoutError> {
         Rows::new(
             self.precision.format(),
             self.rows,
