@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 
 use flash_moe_kernels::{Format, Rows, ScaleType};
 use safetensors::Dtype;
-use safetensors::tensor::{Metadata, SafeTensors, TensorInfo};
+use safetensors::tensor::{Metadata, TensorInfo};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
@@ -154,7 +154,10 @@ impl RecordLayout {
     pub fn new(hidden: usize, width: usize, precisions: [Precision; 3]) -> Result<Self> {
         for (precision, cols) in precisions.iter().zip([hidden, hidden, width]) {
             precision.format().check(cols).map_err(|e| {
-                Error::Container(format!("expert matrix of {cols} columns as {}: {e}", precision.name()))
+                Error::Container(format!(
+                    "expert matrix of {cols} columns as {}: {e}",
+                    precision.name()
+                ))
             })?;
         }
         let gate = RecordMatrix::at(0, precisions[0], width, hidden);
@@ -351,7 +354,13 @@ impl Container {
     pub fn precision(&self, name: &str, rows: usize, cols: usize) -> Result<Precision> {
         let weight = self.info(&format!("{name}.weight"))?;
         let wrong = |what: &str| {
-            self.wrong(name, &format!("{what}: weight {:?} {:?} for [{rows}, {cols}]", weight.dtype, weight.shape))
+            self.wrong(
+                name,
+                &format!(
+                    "{what}: weight {:?} {:?} for [{rows}, {cols}]",
+                    weight.dtype, weight.shape
+                ),
+            )
         };
         let (found_rows, found_cols) = match weight.shape[..] {
             [r, c] => (r, c),
@@ -385,8 +394,14 @@ impl Container {
             true => self.tensor_bytes(&format!("{name}.{suffix}")),
             false => Ok(Block::zeroed(0)),
         };
-        let matrix =
-            Matrix { precision, rows, cols, weight, scales: part("scales")?, biases: part("biases")? };
+        let matrix = Matrix {
+            precision,
+            rows,
+            cols,
+            weight,
+            scales: part("scales")?,
+            biases: part("biases")?,
+        };
         matrix.try_rows().map_err(|e| self.wrong(name, &e.to_string()))?;
         Ok(matrix)
     }
@@ -508,8 +523,10 @@ pub fn read_safetensors_header(path: &Path, file: &File) -> Result<(Metadata, u6
     let mut buffer = vec![0u8; 8 + header_bytes as usize];
     read_exact_at(file, &mut buffer, 0)
         .map_err(|_| malformed("header is cut off: the file is truncated".into()))?;
-    let (_, metadata) =
-        SafeTensors::read_metadata(&buffer).map_err(|e| malformed(format!("bad header: {e}")))?;
+    // `SafeTensors::read_metadata` wants the whole file in memory; the metadata's own reader makes the
+    // same checks of offsets and sizes on the header alone.
+    let metadata: Metadata =
+        serde_json::from_slice(&buffer[8..]).map_err(|e| malformed(format!("bad header: {e}")))?;
     Ok((metadata, 8 + header_bytes))
 }
 
