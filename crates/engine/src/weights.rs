@@ -87,7 +87,7 @@ pub struct DeltaNetWeights {
 /// Weights of a layer's feed-forward, routed experts apart.
 pub enum FeedForwardWeights {
     /// A mixture of experts.
-    Experts(MoeWeights),
+    Experts(Box<MoeWeights>),
     /// One gated block.
     Dense(GatedBlock),
 }
@@ -188,7 +188,7 @@ fn load_layer(container: &Container, index: usize) -> Result<LayerWeights> {
         },
         feed_forward: match layer.feed_forward {
             FeedForward::Experts => {
-                FeedForwardWeights::Experts(load_moe(container, shape, &prefix)?)
+                FeedForwardWeights::Experts(Box::new(load_moe(container, shape, &prefix)?))
             }
             FeedForward::Dense => FeedForwardWeights::Dense(load_block(
                 container,

@@ -99,9 +99,9 @@ pub fn delta_net(
         (by_head, tokens * d.value_dim),
         |head, s, o| {
             if tokens < CHUNKED_FROM {
-                rule.recurrent(head, s, o)
+                rule.recurrent(head, s, o);
             } else {
-                rule.chunked(head, s, o)
+                rule.chunked(head, s, o);
             }
             for (t, o) in o.chunks_exact_mut(d.value_dim).enumerate() {
                 let z = &scratch.z[(t * d.value_heads + head) * d.value_dim..][..d.value_dim];
