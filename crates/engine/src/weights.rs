@@ -89,7 +89,7 @@ pub enum FeedForwardWeights {
     /// A mixture of experts.
     Experts(Box<MoeWeights>),
     /// One gated block.
-    Dense(GatedBlock),
+    Dense(Box<GatedBlock>),
 }
 
 /// Router and shared expert.
@@ -190,11 +190,11 @@ fn load_layer(container: &Container, index: usize) -> Result<LayerWeights> {
             FeedForward::Experts => {
                 FeedForwardWeights::Experts(Box::new(load_moe(container, shape, &prefix)?))
             }
-            FeedForward::Dense => FeedForwardWeights::Dense(load_block(
+            FeedForward::Dense => FeedForwardWeights::Dense(Box::new(load_block(
                 container,
                 &format!("{prefix}.mlp"),
                 (shape.hidden, shape.dense_width),
-            )?),
+            )?)),
         },
     })
 }

@@ -280,11 +280,9 @@ mod tests {
     #[test]
     fn pairs_are_sorted_by_expert_then_token_and_asked_once() {
         let ids = |list: &[u16]| list.iter().map(|&e| ExpertId(e)).collect::<Vec<_>>();
-        let routes = Routes {
-            experts: ids(&[5, 2, 2, 0, 5, 7]),
-            weights: vec![0.6, 0.4, 0.9, 0.1, 0.5, 0.5],
-            ..Routes::default()
-        };
+        let mut routes = Routes::default();
+        routes.experts = ids(&[5, 2, 2, 0, 5, 7]);
+        routes.weights = vec![0.6, 0.4, 0.9, 0.1, 0.5, 0.5];
         let mut scratch = ExpertScratch::default();
         sort_by_expert(&routes, 3, &mut scratch);
         assert_eq!(scratch.asked, ids(&[0, 2, 5, 7]));
