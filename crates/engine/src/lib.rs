@@ -4,11 +4,26 @@
 //! stand in the order in which a token meets them.
 
 pub mod error;
+pub mod machine;
 pub mod memory;
 
 pub mod container;
 pub mod shape;
 
+pub mod budget;
+pub mod engine;
+pub mod pool;
+pub mod weights;
+
+pub mod session;
+
+mod compute;
+mod layer;
+
+pub mod kv_cache;
 pub mod store;
+
+pub mod timing;
+pub mod trace;
 
 pub use error::{Error, Result};

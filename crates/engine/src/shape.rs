@@ -386,7 +386,7 @@ impl Fields<'_> {
         let value =
             self.0.get(key).ok_or_else(|| Error::Shape(format!("config.json has no {key}")))?;
         match value.as_u64() {
-            Some(n) if n >= 1 && n < 1 << 31 => Ok(n as usize),
+            Some(n) if (1..1 << 31).contains(&n) => Ok(n as usize),
             _ => Err(Error::Shape(format!("{key} is {value}, expected a positive whole number"))),
         }
     }
