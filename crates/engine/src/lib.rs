@@ -9,6 +9,12 @@ pub mod memory;
 pub mod container;
 pub mod shape;
 
+pub mod chat_template;
+pub mod tokenizer;
+
 pub mod store;
+
+pub mod generation;
+pub mod sampler;
 
 pub use error::{Error, Result};
