@@ -154,7 +154,10 @@ impl RecordLayout {
     pub fn new(hidden: usize, width: usize, precisions: [Precision; 3]) -> Result<Self> {
         for (precision, cols) in precisions.iter().zip([hidden, hidden, width]) {
             precision.format().check(cols).map_err(|e| {
-                Error::Container(format!("expert matrix of {cols} columns as {}: {e}", precision.name()))
+                Error::Container(format!(
+                    "expert matrix of {cols} columns as {}: {e}",
+                    precision.name()
+                ))
             })?;
         }
         let gate = RecordMatrix::at(0, precisions[0], width, hidden);
@@ -351,7 +354,13 @@ impl Container {
     pub fn precision(&self, name: &str, rows: usize, cols: usize) -> Result<Precision> {
         let weight = self.info(&format!("{name}.weight"))?;
         let wrong = |what: &str| {
-            self.wrong(name, &format!("{what}: weight {:?} {:?} for [{rows}, {cols}]", weight.dtype, weight.shape))
+            self.wrong(
+                name,
+                &format!(
+                    "{what}: weight {:?} {:?} for [{rows}, {cols}]",
+                    weight.dtype, weight.shape
+                ),
+            )
         };
         let (found_rows, found_cols) = match weight.shape[..] {
             [r, c] => (r, c),
@@ -385,8 +394,14 @@ impl Container {
             true => self.tensor_bytes(&format!("{name}.{suffix}")),
             false => Ok(Block::zeroed(0)),
         };
-        let matrix =
-            Matrix { precision, rows, cols, weight, scales: part("scales")?, biases: part("biases")? };
+        let matrix = Matrix {
+            precision,
+            rows,
+            cols,
+            weight,
+            scales: part("scales")?,
+            biases: part("biases")?,
+        };
         matrix.try_rows().map_err(|e| self.wrong(name, &e.to_string()))?;
         Ok(matrix)
     }

@@ -24,7 +24,7 @@ const RUNNING_MASK: u64 = 0xffff;
 const OPEN: u64 = 1 << 16;
 const EPOCH: u64 = 1 << 17;
 
-type Work = dyn Fn(usize) + Sync;
+type Work<'a> = dyn Fn(usize) + Sync + 'a;
 
 /// A fixed set of worker threads.
 pub struct Pool {
@@ -45,7 +45,7 @@ struct Shared {
 
 #[derive(Clone, Copy)]
 struct Job {
-    work: *const Work,
+    work: *const Work<'static>,
     items: usize,
 }
 
@@ -60,7 +60,7 @@ impl Pool {
     /// A pool that computes with `threads` threads, the caller's included.
     pub fn new(threads: usize) -> Self {
         let helpers = threads.clamp(1, 1024) - 1;
-        let idle: &Work = &|_| {};
+        let idle: &Work<'static> = &|_| {};
         let shared = Arc::new(Shared {
             state: AtomicU64::new(0),
             next: AtomicUsize::new(0),
@@ -142,11 +142,12 @@ struct Region<'a> {
 }
 
 impl<'a> Region<'a> {
-    fn open(pool: &'a Pool, turn: MutexGuard<'a, ()>, work: &Work, items: usize) -> Self {
+    fn open(pool: &'a Pool, turn: MutexGuard<'a, ()>, work: &Work<'_>, items: usize) -> Self {
         let shared = &*pool.shared;
         // SAFETY: the lifetime is erased, but the region's drop waits for every worker inside
         // before `run` returns, so the closure outlives its uses.
-        let work: *const Work = unsafe { std::mem::transmute::<&Work, &'static Work>(work) };
+        let work: *const Work<'static> =
+            unsafe { std::mem::transmute::<&Work<'_>, &'static Work<'static>>(work) };
         shared.next.store(0, Ordering::Relaxed);
         // SAFETY: the last region is closed and empty, and `turn` keeps other callers out.
         unsafe { *shared.job.get() = Job { work, items } };
@@ -173,7 +174,7 @@ impl Drop for Region<'_> {
 }
 
 impl Shared {
-    fn claim_items(&self, work: &Work, items: usize) {
+    fn claim_items(&self, work: &Work<'_>, items: usize) {
         loop {
             let item = self.next.fetch_add(1, Ordering::Relaxed);
             if item >= items {

@@ -230,7 +230,10 @@ impl Shape {
         })?;
         if let Some(d) = &self.delta {
             ensure(d.value_heads.is_multiple_of(d.key_heads), || {
-                format!("{} value heads do not divide into {} key heads", d.value_heads, d.key_heads)
+                format!(
+                    "{} value heads do not divide into {} key heads",
+                    d.value_heads, d.key_heads
+                )
             })?;
             ensure(d.conv_taps == 4, || {
                 format!("linear_conv_kernel_dim {}: only 4 is supported", d.conv_taps)
@@ -241,9 +244,10 @@ impl Shape {
 
     /// Layers whose feed-forward is a mixture of experts.
     pub fn expert_layers(&self) -> impl Iterator<Item = LayerId> + '_ {
-        (0u16..).zip(&self.layers).filter(|(_, l)| l.feed_forward == FeedForward::Experts).map(
-            |(i, _)| LayerId(i),
-        )
+        (0u16..)
+            .zip(&self.layers)
+            .filter(|(_, l)| l.feed_forward == FeedForward::Experts)
+            .map(|(i, _)| LayerId(i))
     }
 
     /// Number of layers with the given mix.
@@ -267,7 +271,9 @@ fn family_of(config: &Value) -> Result<Family> {
 
 fn attention_of(family: Family, f: &Fields, config: &Value, hidden: usize) -> Result<Attention> {
     if f.0.get("attention_bias").and_then(Value::as_bool).unwrap_or(false) {
-        return Err(Error::Shape("attention_bias is true: biased projections are not supported".into()));
+        return Err(Error::Shape(
+            "attention_bias is true: biased projections are not supported".into(),
+        ));
     }
     let heads = f.size("num_attention_heads")?;
     let head_dim = f.size_or("head_dim", hidden / heads)?;
@@ -377,9 +383,10 @@ struct Fields<'a>(&'a Value);
 impl Fields<'_> {
     /// A positive size below 2^31, so that products of two fit in a `usize`.
     fn size(&self, key: &str) -> Result<usize> {
-        let value = self.0.get(key).ok_or_else(|| Error::Shape(format!("config.json has no {key}")))?;
+        let value =
+            self.0.get(key).ok_or_else(|| Error::Shape(format!("config.json has no {key}")))?;
         match value.as_u64() {
-            Some(n) if n >= 1 && n < 1 << 31 => Ok(n as usize),
+            Some(n) if (1..1 << 31).contains(&n) => Ok(n as usize),
             _ => Err(Error::Shape(format!("{key} is {value}, expected a positive whole number"))),
         }
     }
