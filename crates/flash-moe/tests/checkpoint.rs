@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
+use flash_moe_kernels::quantise_row;
 use safetensors::SafeTensors;
 use xxhash_rust::xxh3::Xxh3Default;
 
@@ -21,7 +22,7 @@ fn every_checkpoint_holds_the_bytes_its_golden_was_made_from() {
     for variant in VARIANTS {
         let dir = tempfile::tempdir().expect("temporary directory");
         write_checkpoint(variant, dir.path());
-        let expected = golden(variant).metadata("checkpoint_xxh3_64");
+        let expected = golden(variant).about("checkpoint_xxh3_64");
         assert_eq!(fingerprint(dir.path()), expected, "{variant}");
     }
 }
@@ -61,6 +62,31 @@ fn tensors_of_mlx_files_start_at_odd_offsets() {
     let bytes = fs::read(dir.path().join("model.safetensors")).expect("checkpoint file");
     let (header_bytes, _) = SafeTensors::read_metadata(&bytes).expect("header");
     assert_eq!(header_bytes % 2, 1);
+}
+
+#[test]
+fn quantise_row_writes_the_bits_that_mlx_writes() {
+    let golden = golden("quantise");
+    let x = golden.floats("x");
+    let cols = x.shape[1];
+    for bits in [2_u8, 3, 4, 5, 6, 8] {
+        for group in [32_u16, 64, 128] {
+            let array = |leaf: &str| golden.integers(&format!("b{bits}.g{group}.{leaf}")).values;
+            let (mut weight, mut scales, mut biases) = (Vec::new(), Vec::new(), Vec::new());
+            for row in x.values.chunks_exact(cols) {
+                let mut packed = vec![0; cols * usize::from(bits) / 8];
+                let mut scale = vec![0; cols / usize::from(group)];
+                let mut bias = scale.clone();
+                quantise_row(row, bits, group, &mut packed, &mut scale, &mut bias);
+                weight.extend(packed.into_iter().map(u32::from));
+                scales.extend(scale.into_iter().map(u32::from));
+                biases.extend(bias.into_iter().map(u32::from));
+            }
+            assert_eq!(weight, array("weight"), "{bits} bits, group {group}");
+            assert_eq!(scales, array("scales"), "{bits} bits, group {group}");
+            assert_eq!(biases, array("biases"), "{bits} bits, group {group}");
+        }
+    }
 }
 
 /// xxh3_64 over name, dtype, shape and bytes of every tensor, in the order of the names.
