@@ -34,7 +34,8 @@ fn greedy_ids_are_the_largest_logits() {
         let ids = golden.integers("greedy_ids").values;
         let prefill = rows(&golden, "prefill.logits");
         let decode = rows(&golden, "decode.logits");
-        let chosen: Vec<u32> = prefill.last().into_iter().chain(&decode).map(argmax).collect();
+        let chosen: Vec<u32> =
+            prefill.last().into_iter().chain(&decode).map(|row| argmax(row)).collect();
         assert_eq!(chosen, ids, "{variant}");
     }
 }
@@ -116,7 +117,7 @@ fn rows(golden: &Golden, name: &str) -> Vec<Vec<f32>> {
     array.values.chunks_exact(array.shape[1]).map(<[f32]>::to_vec).collect()
 }
 
-fn argmax(logits: &Vec<f32>) -> u32 {
+fn argmax(logits: &[f32]) -> u32 {
     let best = logits.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1));
     best.expect("a row of logits").0 as u32
 }
