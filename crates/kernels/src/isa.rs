@@ -10,13 +10,28 @@ use std::fmt;
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct Isa(pub(crate) Kind);
 
-/// The variants that exist for the architecture of this build, the plainest first.
+/// The variants that exist for the architecture of this build.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Kind {
     Scalar,
+    #[cfg(target_arch = "x86_64")]
+    Avx2,
+    #[cfg(target_arch = "x86_64")]
+    Avx512,
+    #[cfg(target_arch = "aarch64")]
+    Neon,
 }
 
-const KINDS: &[Kind] = &[Kind::Scalar];
+/// The plainest first.
+const KINDS: &[Kind] = &[
+    Kind::Scalar,
+    #[cfg(target_arch = "x86_64")]
+    Kind::Avx2,
+    #[cfg(target_arch = "x86_64")]
+    Kind::Avx512,
+    #[cfg(target_arch = "aarch64")]
+    Kind::Neon,
+];
 
 impl Isa {
     /// The fastest that this CPU has.
@@ -43,6 +58,12 @@ impl Isa {
     pub const fn name(self) -> &'static str {
         match self.0 {
             Kind::Scalar => "scalar",
+            #[cfg(target_arch = "x86_64")]
+            Kind::Avx2 => "avx2",
+            #[cfg(target_arch = "x86_64")]
+            Kind::Avx512 => "avx512",
+            #[cfg(target_arch = "aarch64")]
+            Kind::Neon => "neon",
         }
     }
 }
@@ -54,9 +75,28 @@ impl fmt::Debug for Isa {
 }
 
 impl Kind {
+    /// Asks for exactly the features that the variant's file enables.
     fn is_available(self) -> bool {
         match self {
             Self::Scalar => true,
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => {
+                is_x86_feature_detected!("avx2")
+                    && is_x86_feature_detected!("f16c")
+                    && is_x86_feature_detected!("fma")
+            }
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 => {
+                is_x86_feature_detected!("avx512f")
+                    && is_x86_feature_detected!("avx512bw")
+                    && is_x86_feature_detected!("avx512dq")
+                    && is_x86_feature_detected!("avx512vl")
+                    && is_x86_feature_detected!("f16c")
+                    && is_x86_feature_detected!("fma")
+            }
+            // Every AArch64 target of Rust with an operating system has NEON.
+            #[cfg(target_arch = "aarch64")]
+            Self::Neon => true,
         }
     }
 }
@@ -66,6 +106,14 @@ macro_rules! dispatch {
     ($isa:expr, $operation:ident($($argument:expr),*)) => {
         match $isa.0 {
             Kind::Scalar => crate::scalar::$operation($($argument),*),
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: an `Isa` of this kind exists only if `is_available` found its features.
+            Kind::Avx2 => unsafe { crate::avx2::$operation($($argument),*) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: an `Isa` of this kind exists only if `is_available` found its features.
+            Kind::Avx512 => unsafe { crate::avx512::$operation($($argument),*) },
+            #[cfg(target_arch = "aarch64")]
+            Kind::Neon => crate::neon::$operation($($argument),*),
         }
     };
 }

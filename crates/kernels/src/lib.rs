@@ -9,12 +9,26 @@
 //! Sums are f32. The result of one row depends only on that row and its vector, bit for bit, so
 //! callers may split rows over threads anywhere.
 
-mod block;
-mod float;
+#![cfg_attr(
+    target_arch = "x86_64",
+    allow(unsafe_code, reason = "calls of a variant whose CPU features the `Isa` has proved")
+)]
 
 mod isa;
 
+mod block;
+mod float;
+
 mod scalar;
+
+mod lanes;
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 
 pub use block::{Format, LayoutError, Rows, ScaleType, quantise_row};
 pub use float::{
@@ -24,6 +38,9 @@ pub use float::{
 pub use isa::Isa;
 
 use isa::{Kind, dispatch};
+
+#[cfg(target_endian = "big")]
+compile_error!("weights are little-endian and the kernels load them as they are");
 
 /// One head of the gated delta rule at one token.
 pub struct DeltaHead<'a> {

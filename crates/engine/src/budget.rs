@@ -1,0 +1,189 @@
+//! Every byte the engine will allocate, summed before the first allocation.
+//!
+//! The dense weights, states, KV cache and scratch are fixed by the model and the options; what the
+//! limit leaves goes to the expert pool. The pool is never smaller than one token's working set
+//! (top-k experts in every layer): below it an LRU-like pool has no hits at all. A limit that cannot
+//! hold that is refused with the smallest one that would.
+
+use std::fmt;
+
+use crate::container::Container;
+use crate::engine::Options;
+use crate::error::{Error, Result};
+use crate::kv_cache::KvCache;
+use crate::machine;
+use crate::session::Scratch;
+use crate::shape::{Mix, Shape};
+use crate::weights::Weights;
+
+/// The program itself, its threads' stacks and small allocations.
+const PROGRAM_BYTES: u64 = 48 << 20;
+/// Context when none is asked for, in tokens.
+const CONTEXT_DEFAULT: usize = 8192;
+
+/// One allocation, or a group that is freed together.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Line {
+    /// What it is.
+    pub name: &'static str,
+    /// Its size.
+    pub bytes: u64,
+}
+
+/// The memory plan of a model on this machine.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Budget {
+    /// Bytes that may be used in all.
+    pub limit: u64,
+    /// Tokens of context the plan holds.
+    pub context: usize,
+    /// Everything but the pool.
+    pub fixed: Vec<Line>,
+    /// Bytes of a pool slot: the largest record, whole pages.
+    pub slot_bytes: u64,
+    /// Slots the pool gets.
+    pub slots: usize,
+    /// Slots of one token's working set: top-k times the layers with experts.
+    pub slots_floor: usize,
+    /// Records in the model.
+    pub records: usize,
+}
+
+impl Budget {
+    /// Plans the memory for a container under the options.
+    ///
+    /// # Errors
+    /// The limit is below the floor; the context is above the model's; free memory is unknown and
+    /// no limit was given.
+    pub fn plan(container: &Container, options: &Options) -> Result<Self> {
+        let shape = container.shape();
+        let context = context(shape, options)?;
+        let records = container.manifest().experts.len() * shape.moe.experts;
+        let top_k = options.experts_per_token.unwrap_or(shape.moe.top_k);
+        let widest = container.layouts().iter().map(|l| l.padded_bytes()).max();
+        let mut budget = Self {
+            limit: limit(options)?,
+            context,
+            fixed: fixed_lines(container, options, context),
+            slot_bytes: widest.unwrap_or(0) as u64,
+            slots: 0,
+            slots_floor: top_k * container.manifest().experts.len(),
+            records,
+        };
+        let left = budget.limit.saturating_sub(budget.fixed_bytes());
+        let fitting = left.checked_div(budget.slot_bytes).unwrap_or(0) as usize;
+        budget.slots = fitting.min(records);
+        if budget.limit < budget.smallest() {
+            return Err(Error::Budget(budget.refusal(shape)));
+        }
+        Ok(budget)
+    }
+
+    /// Everything but the pool.
+    pub fn fixed_bytes(&self) -> u64 {
+        self.fixed.iter().map(|l| l.bytes).sum()
+    }
+
+    /// All bytes of the plan.
+    pub fn total(&self) -> u64 {
+        self.fixed_bytes() + self.slots as u64 * self.slot_bytes
+    }
+
+    /// The smallest limit under which this context runs.
+    pub fn smallest(&self) -> u64 {
+        self.fixed_bytes() + self.slots_floor as u64 * self.slot_bytes
+    }
+
+    fn refusal(&self, shape: &Shape) -> String {
+        let least_context = 512.min(shape.max_positions);
+        let saved = kv_bytes(shape, self.context).saturating_sub(kv_bytes(shape, least_context));
+        let floor = gib(self.slots_floor as u64 * self.slot_bytes);
+        let mut text = format!(
+            "needs {} (of which {floor} is one token's experts, the floor of the pool), limit is {}",
+            gib(self.smallest()),
+            gib(self.limit)
+        );
+        if saved > 0 {
+            let least = gib(self.smallest() - saved);
+            text += &format!(
+                "; smallest that runs is {least} (--memory {} --context {least_context})",
+                cli(self.smallest() - saved)
+            );
+        } else {
+            text += &format!("; smallest that runs is --memory {}", cli(self.smallest()));
+        }
+        text
+    }
+}
+
+impl fmt::Display for Budget {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for line in &self.fixed {
+            writeln!(f, "  {:<34}{:>12}", line.name, gib(line.bytes))?;
+        }
+        let pool = format!("expert pool, {} of {} records", self.slots, self.records);
+        writeln!(f, "  {pool:<34}{:>12}", gib(self.slots as u64 * self.slot_bytes))?;
+        write!(f, "  {:<34}{:>12}", "total", gib(self.total()))?;
+        write!(f, "  (limit {}, smallest {})", gib(self.limit), gib(self.smallest()))
+    }
+}
+
+/// Bytes in the largest binary unit that leaves at least one before the point.
+pub fn gib(bytes: u64) -> String {
+    let units = [(1u64 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")];
+    match units.iter().find(|(unit, _)| bytes >= *unit) {
+        Some((unit, name)) => format!("{:.1} {name}", bytes as f64 / *unit as f64),
+        None => format!("{bytes} B"),
+    }
+}
+
+/// A size for the `--memory` flag, rounded up to whole mebibytes.
+fn cli(bytes: u64) -> String {
+    format!("{}MiB", bytes.div_ceil(1 << 20))
+}
+
+fn context(shape: &Shape, options: &Options) -> Result<usize> {
+    let context = options.context.unwrap_or(CONTEXT_DEFAULT.min(shape.max_positions));
+    if context == 0 || context > shape.max_positions {
+        return Err(Error::Budget(format!(
+            "a context of {context} tokens; this model takes 1 to {}",
+            shape.max_positions
+        )));
+    }
+    Ok(context)
+}
+
+fn limit(options: &Options) -> Result<u64> {
+    if let Some(bytes) = options.memory_bytes {
+        return Ok(bytes);
+    }
+    let available = machine::available_memory().ok_or_else(|| {
+        Error::Budget("this system does not say how much memory is free; give --memory".into())
+    })?;
+    // A tenth stays free for the system and for files that other programs are reading.
+    Ok(available - available / 10)
+}
+
+fn fixed_lines(container: &Container, options: &Options, context: usize) -> Vec<Line> {
+    let shape = container.shape();
+    let scratch = Scratch::bytes(shape, options, context);
+    vec![
+        Line { name: "dense weights", bytes: Weights::stored_bytes(container) },
+        Line { name: "KV cache", bytes: kv_bytes(shape, context) },
+        Line { name: "delta-net states", bytes: delta_bytes(shape) },
+        Line { name: "scratch and logits", bytes: scratch },
+        Line { name: "tokenizer and program", bytes: PROGRAM_BYTES + options.other_bytes },
+    ]
+}
+
+fn kv_bytes(shape: &Shape, context: usize) -> u64 {
+    let a = &shape.attention;
+    shape.count(Mix::Attention) as u64 * KvCache::bytes(a.kv_heads, a.head_dim, context)
+}
+
+fn delta_bytes(shape: &Shape) -> u64 {
+    shape.delta.as_ref().map_or(0, |d| {
+        let floats = d.value_heads * d.key_dim * d.value_dim + d.conv_taps * d.conv_channels();
+        (shape.count(Mix::DeltaNet) * floats * size_of::<f32>()) as u64
+    })
+}

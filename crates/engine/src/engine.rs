@@ -1,0 +1,127 @@
+//! A loaded model: the container, its resident weights, the expert store and the threads.
+//!
+//! Opening plans the memory first and refuses what does not fit before anything is allocated. An
+//! engine is shared by any number of sessions and never changes after it is opened, the pool of
+//! experts apart.
+
+use flash_moe_kernels::Isa;
+
+use crate::budget::Budget;
+use crate::compute::Compute;
+use crate::container::{Container, RecordLayout};
+use crate::error::{Error, Result};
+use crate::pool::Pool;
+use crate::shape::{LayerId, Shape};
+use crate::store::{ExpertStore, IoMode, StoreOptions};
+use crate::weights::Weights;
+
+/// What a user decides about a run.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Compute threads, at least 1.
+    pub threads: usize,
+    /// Kernels.
+    pub isa: Isa,
+    /// Memory the process may use in all; `None` measures what is free.
+    pub memory_bytes: Option<u64>,
+    /// Tokens of context; `None` takes a default within the model's limit.
+    pub context: Option<usize>,
+    /// Direct or buffered expert reads.
+    pub io: IoMode,
+    /// Experts chosen for a token instead of the model's own number; lossy when lower.
+    pub experts_per_token: Option<usize>,
+    /// Prompt tokens computed together, at least 1.
+    pub prefill_chunk: usize,
+    /// Expert reads in flight, at least 1.
+    pub readers: usize,
+    /// Vocabulary rows that stand for a token; the padding above is masked. `None`: all.
+    pub vocabulary: Option<usize>,
+    /// Memory that the caller takes beside the engine (tokenizer), in bytes.
+    pub other_bytes: u64,
+}
+
+/// A loaded model.
+pub struct Engine {
+    container: Container,
+    budget: Budget,
+    options: Options,
+    pub(crate) weights: Weights,
+    pub(crate) store: ExpertStore,
+    pub(crate) compute: Compute,
+}
+
+impl Engine {
+    /// Plans the memory, then reads the dense weights and starts the threads.
+    ///
+    /// # Errors
+    /// Options out of range, a plan above the limit, a damaged container.
+    pub fn open(container: Container, options: &Options) -> Result<Self> {
+        check(container.shape(), options)?;
+        let budget = Budget::plan(&container, options)?;
+        let weights = Weights::load(&container)?;
+        let store = ExpertStore::open(
+            &container,
+            StoreOptions { slots: budget.slots, readers: options.readers, io: options.io },
+        )?;
+        let compute = Compute { isa: options.isa, pool: Pool::new(options.threads) };
+        Ok(Self { container, budget, options: options.clone(), weights, store, compute })
+    }
+
+    /// The container it was opened from.
+    pub fn container(&self) -> &Container {
+        &self.container
+    }
+
+    /// The model's shape.
+    pub fn shape(&self) -> &Shape {
+        self.container.shape()
+    }
+
+    /// The memory plan.
+    pub fn budget(&self) -> &Budget {
+        &self.budget
+    }
+
+    /// Tokens of context a session holds.
+    pub fn context(&self) -> usize {
+        self.budget.context
+    }
+
+    /// The options it was opened with.
+    pub fn options(&self) -> &Options {
+        &self.options
+    }
+
+    /// The expert store, for its counters.
+    pub fn store(&self) -> &ExpertStore {
+        &self.store
+    }
+
+    /// Layout of the expert records of a layer that has experts.
+    pub(crate) fn layout(&self, layer: LayerId) -> &RecordLayout {
+        let files = &self.container.manifest().experts;
+        let place = files.iter().position(|f| f.layer == layer).expect("a layer with experts");
+        &self.container.layouts()[place]
+    }
+
+    /// Experts chosen for a token.
+    pub fn top_k(&self) -> usize {
+        self.options.experts_per_token.unwrap_or(self.shape().moe.top_k)
+    }
+
+    /// Vocabulary rows that stand for a token.
+    pub fn vocabulary(&self) -> usize {
+        self.options.vocabulary.unwrap_or(self.shape().vocab).min(self.shape().vocab)
+    }
+}
+
+fn check(shape: &Shape, options: &Options) -> Result<()> {
+    let experts = shape.moe.experts;
+    match options.experts_per_token {
+        Some(k) if k == 0 || k > experts => Err(Error::Shape(format!(
+            "{k} experts per token; this model has {experts} and was trained with {}",
+            shape.moe.top_k
+        ))),
+        _ => Ok(()),
+    }
+}

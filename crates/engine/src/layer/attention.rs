@@ -1,0 +1,157 @@
+//! Full attention with grouped query heads, partial rotation and an output gate.
+//!
+//! Queries and keys are normed per head, then rotated; the cache holds keys after both. The gate is
+//! the raw second half of each head's query rows: no norm, no rotation.
+
+use flash_moe_kernels::Isa;
+
+use crate::compute::{Compute, Temporary, sized, with_scratch};
+use crate::kv_cache::{KvCache, PAGE_POSITIONS};
+use crate::shape::{Attention, Shape};
+use crate::weights::AttentionWeights;
+
+/// Buffers of one attention layer.
+#[derive(Default)]
+pub struct AttentionScratch {
+    projected: Vec<f32>, // [tokens][heads][head_dim (* 2 with gate)]
+    keys: Vec<f32>,      // [tokens][kv_heads][head_dim]
+    values: Vec<f32>,    // [tokens][kv_heads][head_dim]
+    mixed: Vec<f32>,     // [tokens][heads][head_dim]
+}
+
+impl AttentionScratch {
+    /// Floats needed for a chunk of tokens.
+    pub fn floats(a: &Attention, tokens: usize) -> usize {
+        let q = a.heads * a.head_dim * if a.gate { 2 } else { 1 };
+        tokens * (q + 2 * a.kv_heads * a.head_dim + a.heads * a.head_dim)
+    }
+}
+
+/// Rotation of each position of a chunk, the same for all heads and layers.
+#[derive(Default)]
+pub struct Rotation {
+    cos: Vec<f32>, // [tokens][rotary_dims / 2]
+    sin: Vec<f32>, // [tokens][rotary_dims / 2]
+}
+
+impl Rotation {
+    /// Fills the tables for `tokens` positions from `first` on.
+    ///
+    /// Angles are `position * theta^(-2j / rotary_dims)`, formed in f64: at position 200,000 an f32
+    /// angle is off by hundredths of a radian.
+    pub fn fill(&mut self, a: &Attention, first: usize, tokens: usize) {
+        let half = a.rotary_dims / 2;
+        let cos = sized(&mut self.cos, tokens * half);
+        let sin = sized(&mut self.sin, tokens * half);
+        for j in 0..half {
+            let frequency = a.rope_theta.powf(-2.0 * j as f64 / a.rotary_dims as f64);
+            for t in 0..tokens {
+                let (s, c) = ((first + t) as f64 * frequency).sin_cos();
+                cos[t * half + j] = c as f32;
+                sin[t * half + j] = s as f32;
+            }
+        }
+    }
+
+    fn at(&self, token: usize, half: usize) -> (&[f32], &[f32]) {
+        (&self.cos[token * half..][..half], &self.sin[token * half..][..half])
+    }
+}
+
+/// What an attention layer reads.
+pub struct AttentionInput<'a> {
+    /// The model's shape.
+    pub shape: &'a Shape,
+    /// The layer's weights.
+    pub weights: &'a AttentionWeights,
+    /// Rotation of the chunk's positions.
+    pub rotation: &'a Rotation,
+    /// Normed rows, `[tokens][hidden]`.
+    pub x: &'a [f32],
+}
+
+/// Appends the chunk to the cache and writes the mix of each token to `out [tokens][hidden]`.
+pub fn attention(
+    compute: &Compute,
+    input: &AttentionInput,
+    cache: &mut KvCache,
+    scratch: &mut AttentionScratch,
+    tmp: &mut Temporary,
+    out: &mut [f32],
+) {
+    let (a, w) = (&input.shape.attention, input.weights);
+    let tokens = input.x.len() / input.shape.hidden;
+    let (width, kv_width) = (a.heads * a.head_dim, a.kv_heads * a.head_dim);
+    let stride = if a.gate { 2 * a.head_dim } else { a.head_dim };
+    let projected = sized(&mut scratch.projected, tokens * a.heads * stride);
+    let keys = sized(&mut scratch.keys, tokens * kv_width);
+    let values = sized(&mut scratch.values, tokens * kv_width);
+    compute.project(&w.q.rows(), input.x, projected, tmp);
+    compute.project(&w.k.rows(), input.x, keys, tmp);
+    compute.project(&w.v.rows(), input.x, values, tmp);
+
+    let eps = input.shape.rms_eps;
+    let turn = |t: usize, rows: &mut [f32], stride: usize, norm: &[f32]| {
+        for head in rows.chunks_exact_mut(stride) {
+            turn_head(
+                compute.isa,
+                &mut head[..a.head_dim],
+                (norm, eps),
+                input.rotation.at(t, a.rotary_dims / 2),
+            );
+        }
+    };
+    compute.pool.chunks2((projected, a.heads * stride), (keys, kv_width), |t, q, k| {
+        turn(t, q, stride, &w.q_norm);
+        turn(t, k, a.head_dim, &w.k_norm);
+    });
+    let first = cache.len();
+    for (key, value) in keys.chunks_exact(kv_width).zip(values.chunks_exact(kv_width)) {
+        cache.push(key, value);
+    }
+
+    let mixed = sized(&mut scratch.mixed, tokens * width);
+    let (cache, projected) = (&*cache, &*projected);
+    compute.pool.chunks(mixed, a.head_dim, |i, out| {
+        let (t, head) = (i / a.heads, i % a.heads);
+        let query = &projected[i * stride..][..a.head_dim];
+        attend(compute.isa, cache, head / (a.heads / a.kv_heads), query, first + t + 1, out);
+        if a.gate {
+            compute.isa.sigmoid_mul(&projected[i * stride + a.head_dim..][..a.head_dim], out);
+        }
+    });
+    compute.project(&w.o.rows(), mixed, out, tmp);
+}
+
+fn turn_head(isa: Isa, head: &mut [f32], (norm, eps): (&[f32], f32), (cos, sin): (&[f32], &[f32])) {
+    with_scratch(head.len(), |normed| {
+        isa.rms_norm(head, norm, eps, normed);
+        head.copy_from_slice(normed);
+    });
+    isa.rope(head, cos, sin);
+}
+
+/// softmax(q . K / sqrt(head_dim)) V over the first `positions` of one KV head.
+fn attend(
+    isa: Isa,
+    cache: &KvCache,
+    head: usize,
+    query: &[f32],
+    positions: usize,
+    out: &mut [f32],
+) {
+    with_scratch(positions, |scores| {
+        for (page, scores) in scores.chunks_mut(PAGE_POSITIONS).enumerate() {
+            isa.dots(query, &cache.keys(head, page)[..scores.len() * query.len()], scores);
+        }
+        isa.scale(1.0 / (query.len() as f32).sqrt(), scores);
+        isa.softmax(scores);
+        out.fill(0.0);
+        for (page, weights) in scores.chunks(PAGE_POSITIONS).enumerate() {
+            let values = cache.values(head, page).chunks_exact(query.len());
+            for (&weight, value) in weights.iter().zip(values) {
+                isa.axpy(weight, value, out);
+            }
+        }
+    });
+}

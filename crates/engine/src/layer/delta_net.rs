@@ -1,0 +1,329 @@
+//! The gated delta rule over a fixed-size state.
+//!
+//! One token runs the recurrence; a chunk of a prompt runs the equal chunked form: inside a chunk of
+//! 64 the updates form a unit lower triangular system, solved row by row, and the state is read and
+//! written once. The convolution's history is the raw projection, before convolution and silu.
+
+use flash_moe_kernels::{DeltaHead, Isa};
+
+use crate::compute::{Compute, Temporary, sized, with_scratch};
+use crate::shape::{DeltaNet, Shape};
+use crate::weights::DeltaNetWeights;
+
+/// Tokens solved together in the chunked form.
+const CHUNK: usize = 64;
+/// Fewer tokens than this run the recurrence: the triangular system would cost more.
+const CHUNKED_FROM: usize = 8;
+/// Epsilon of the norm of queries and keys; on the sum of squares, inside the root.
+const NORM_EPS: f32 = 1e-6;
+/// Columns of raw projections kept for the convolution; the oldest is only shown in traces.
+const HISTORY: usize = 4;
+
+/// What a delta-net layer remembers.
+pub struct DeltaState {
+    /// S of each value head, `[value_heads][key_dim][value_dim]`.
+    pub state: Vec<f32>,
+    /// The last raw projections, oldest first, `[4][conv_channels]`.
+    pub history: Vec<f32>,
+}
+
+impl DeltaState {
+    /// The state before the first token.
+    pub fn new(d: &DeltaNet) -> Self {
+        Self {
+            state: vec![0.0; d.value_heads * d.key_dim * d.value_dim],
+            history: vec![0.0; HISTORY * d.conv_channels()],
+        }
+    }
+}
+
+/// Buffers of one delta-net layer.
+#[derive(Default)]
+pub struct DeltaScratch {
+    raw: Vec<f32>,      // [tokens][conv_channels]
+    mixed: Vec<f32>,    // [tokens][conv_channels], after convolution, silu and norm
+    z: Vec<f32>,        // [tokens][value_heads][value_dim]
+    b: Vec<f32>,        // [tokens][value_heads], then beta
+    a: Vec<f32>,        // [tokens][value_heads], then g
+    by_head: Vec<f32>,  // [value_heads][tokens][value_dim]
+    by_token: Vec<f32>, // [tokens][value_heads][value_dim]
+}
+
+impl DeltaScratch {
+    /// Floats needed for a chunk of tokens.
+    pub fn floats(d: &DeltaNet, tokens: usize) -> usize {
+        tokens * (2 * d.conv_channels() + 3 * d.value_width() + 2 * d.value_heads)
+    }
+
+    /// Floats each thread needs for the chunked form.
+    pub fn thread_floats(d: &DeltaNet) -> usize {
+        CHUNK * (d.value_dim + CHUNK + 1)
+    }
+}
+
+/// What a delta-net layer reads.
+pub struct DeltaInput<'a> {
+    /// The model's shape.
+    pub shape: &'a Shape,
+    /// The layer's weights.
+    pub weights: &'a DeltaNetWeights,
+    /// Normed rows, `[tokens][hidden]`.
+    pub x: &'a [f32],
+}
+
+/// Advances the state over the chunk and writes the mix of each token to `out [tokens][hidden]`.
+pub fn delta_net(
+    compute: &Compute,
+    input: &DeltaInput,
+    state: &mut DeltaState,
+    scratch: &mut DeltaScratch,
+    tmp: &mut Temporary,
+    out: &mut [f32],
+) {
+    let w = input.weights;
+    let d = input.shape.delta.as_ref().expect("a delta-net layer has its dimensions");
+    let tokens = input.x.len() / input.shape.hidden;
+    let raw = sized(&mut scratch.raw, tokens * d.conv_channels());
+    compute.project(&w.qkv.rows(), input.x, raw, tmp);
+    compute.project(&w.z.rows(), input.x, sized(&mut scratch.z, tokens * d.value_width()), tmp);
+    compute.project(&w.b.rows(), input.x, sized(&mut scratch.b, tokens * d.value_heads), tmp);
+    compute.project(&w.a.rows(), input.x, sized(&mut scratch.a, tokens * d.value_heads), tmp);
+    convolve(compute, (d, w), scratch, &mut state.history);
+    gates(w, &mut scratch.a, &mut scratch.b);
+
+    let by_head = sized(&mut scratch.by_head, tokens * d.value_width());
+    let rule = Rule { d, isa: compute.isa, qkv: &scratch.mixed, g: &scratch.a, beta: &scratch.b };
+    let head_state = d.key_dim * d.value_dim;
+    compute.pool.chunks2(
+        (&mut state.state, head_state),
+        (by_head, tokens * d.value_dim),
+        |head, s, o| {
+            if tokens < CHUNKED_FROM {
+                rule.recurrent(head, s, o);
+            } else {
+                rule.chunked(head, s, o);
+            }
+            for (t, o) in o.chunks_exact_mut(d.value_dim).enumerate() {
+                let z = &scratch.z[(t * d.value_heads + head) * d.value_dim..][..d.value_dim];
+                compute.isa.gated_norm(o, &w.norm, z, input.shape.rms_eps);
+            }
+        },
+    );
+    let by_head = &scratch.by_head;
+    let by_token = sized(&mut scratch.by_token, tokens * d.value_width());
+    compute.pool.chunks(by_token, d.value_width(), |t, row| {
+        for (head, row) in row.chunks_exact_mut(d.value_dim).enumerate() {
+            row.copy_from_slice(&by_head[(head * tokens + t) * d.value_dim..][..d.value_dim]);
+        }
+    });
+    compute.project(&w.out.rows(), by_token, out, tmp);
+}
+
+/// Causal depthwise convolution with silu, then the norm of queries and keys.
+fn convolve(
+    compute: &Compute,
+    (d, w): (&DeltaNet, &DeltaNetWeights),
+    scratch: &mut DeltaScratch,
+    history: &mut [f32],
+) {
+    let channels = d.conv_channels();
+    let raw = &scratch.raw;
+    let taps: [&[f32]; 4] = std::array::from_fn(|j| &w.conv[j * channels..][..channels]);
+    let mixed = sized(&mut scratch.mixed, raw.len());
+    let (past, isa) = (&*history, compute.isa);
+    compute.pool.chunks(mixed, channels, |t, mixed| {
+        // Column j of the window is the raw projection of token t - 3 + j.
+        let column = |j: usize| match (t + j).checked_sub(3) {
+            Some(token) => &raw[token * channels..][..channels],
+            None => &past[(t + j + 1) * channels..][..channels],
+        };
+        isa.conv4(taps, std::array::from_fn(column), mixed);
+        let (q, rest) = mixed.split_at_mut(d.key_heads * d.key_dim);
+        let k = &mut rest[..d.key_heads * d.key_dim];
+        let query_scale = 1.0 / (d.key_dim as f32).sqrt();
+        q.chunks_exact_mut(d.key_dim).for_each(|q| isa.l2_norm(q, NORM_EPS, query_scale));
+        k.chunks_exact_mut(d.key_dim).for_each(|k| isa.l2_norm(k, NORM_EPS, 1.0));
+    });
+    let tokens = raw.len() / channels;
+    let kept = HISTORY.saturating_sub(tokens);
+    history.copy_within((HISTORY - kept) * channels.., 0);
+    let newest = raw.len() - (HISTORY - kept) * channels;
+    history[kept * channels..].copy_from_slice(&raw[newest..]);
+}
+
+/// `a` becomes g = -exp(A_log) * softplus(a + dt_bias), `b` becomes beta = sigmoid(b).
+fn gates(w: &DeltaNetWeights, a: &mut [f32], b: &mut [f32]) {
+    let heads = w.rate.len();
+    for (a, b) in a.chunks_exact_mut(heads).zip(b.chunks_exact_mut(heads)) {
+        for head in 0..heads {
+            a[head] = -w.rate[head] * softplus(a[head] + w.dt_bias[head]);
+            b[head] = 1.0 / (1.0 + (-b[head]).exp());
+        }
+    }
+}
+
+/// ln(1 + exp(x)) without overflow.
+fn softplus(x: f32) -> f32 {
+    x.max(0.0) + (-x.abs()).exp().ln_1p()
+}
+
+/// The rule's inputs for a chunk of tokens.
+struct Rule<'a> {
+    d: &'a DeltaNet,
+    isa: Isa,
+    qkv: &'a [f32],  // [tokens][conv_channels], q and k normalised
+    g: &'a [f32],    // [tokens][value_heads]
+    beta: &'a [f32], // [tokens][value_heads]
+}
+
+impl Rule<'_> {
+    /// Query, key and value of a value head at a token. Value head h reads key head h / ratio.
+    fn qkv(&self, head: usize, token: usize) -> (&[f32], &[f32], &[f32]) {
+        let d = self.d;
+        let row = &self.qkv[token * d.conv_channels()..][..d.conv_channels()];
+        let key_head = head / (d.value_heads / d.key_heads);
+        let keys = d.key_heads * d.key_dim;
+        (
+            &row[key_head * d.key_dim..][..d.key_dim],
+            &row[keys + key_head * d.key_dim..][..d.key_dim],
+            &row[2 * keys + head * d.value_dim..][..d.value_dim],
+        )
+    }
+
+    fn gate(&self, head: usize, token: usize) -> (f32, f32) {
+        let index = token * self.d.value_heads + head;
+        (self.g[index], self.beta[index])
+    }
+
+    /// Token by token: fade, then move towards the value, then read.
+    fn recurrent(&self, head: usize, state: &mut [f32], out: &mut [f32]) {
+        let width = self.d.value_dim;
+        with_scratch(width, |delta| {
+            for (t, out) in out.chunks_exact_mut(width).enumerate() {
+                let (q, k, v) = self.qkv(head, t);
+                let (g, beta) = self.gate(head, t);
+                let decay = g.exp();
+                self.isa.delta_step(&mut DeltaHead { state, q, k, v, decay, beta, delta, out });
+            }
+        });
+    }
+
+    /// Chunks of 64 tokens by the triangular form (docs: spec of the chunked delta rule).
+    fn chunked(&self, head: usize, state: &mut [f32], out: &mut [f32]) {
+        let width = self.d.value_dim;
+        with_scratch(DeltaScratch::thread_floats(self.d), |scratch| {
+            for (c, out) in out.chunks_mut(CHUNK * width).enumerate() {
+                self.chunk((head, c * CHUNK), state, scratch, out);
+            }
+        });
+    }
+
+    fn chunk(
+        &self,
+        (head, first): (usize, usize),
+        state: &mut [f32],
+        scratch: &mut [f32],
+        out: &mut [f32],
+    ) {
+        let (isa, width) = (self.isa, self.d.value_dim);
+        let tokens = out.len() / width;
+        let (fade, rest) = scratch.split_at_mut(CHUNK); // cumulative g, [tokens]
+        let (dots, rest) = rest.split_at_mut(CHUNK * CHUNK); // one row in use at a time
+        let news = &mut rest[..tokens * width]; // [tokens][value_dim], solved top to bottom
+        let mut sum = 0.0;
+        for (t, fade) in fade[..tokens].iter_mut().enumerate() {
+            sum += self.gate(head, first + t).0;
+            *fade = sum;
+        }
+        for i in 0..tokens {
+            let (q, k, v) = self.qkv(head, first + i);
+            let beta = self.gate(head, first + i).1;
+            let (solved, rest) = news.split_at_mut(i * width);
+            let new = &mut rest[..width];
+            // What the faded state already answers for this key.
+            new.fill(0.0);
+            read_state(isa, state, k, new);
+            let from_state = fade[i].exp();
+            for (new, v) in new.iter_mut().zip(v) {
+                *new = beta * (v - from_state * *new);
+            }
+            let out = &mut out[i * width..][..width];
+            out.fill(0.0);
+            read_state(isa, state, q, out);
+            isa.scale(from_state, out);
+            for (j, solved) in solved.chunks_exact(width).enumerate() {
+                let (_, earlier, _) = self.qkv(head, first + j);
+                let decay = (fade[i] - fade[j]).exp();
+                isa.axpy(-beta * isa.dot(k, earlier) * decay, solved, new);
+                dots[j] = isa.dot(q, earlier) * decay;
+            }
+            for (j, solved) in solved.chunks_exact(width).enumerate() {
+                isa.axpy(dots[j], solved, out);
+            }
+            isa.axpy(isa.dot(q, k), new, out);
+        }
+        let last = fade[tokens - 1];
+        isa.scale(last.exp(), state);
+        for (j, new) in news.chunks_exact(width).enumerate() {
+            let (_, k, _) = self.qkv(head, first + j);
+            let decay = (last - fade[j]).exp();
+            for (k, row) in k.iter().zip(state.chunks_exact_mut(width)) {
+                isa.axpy(k * decay, new, row);
+            }
+        }
+    }
+}
+
+/// `out += S^T x`: `state [key_dim][out.len()]`, `x [key_dim]`.
+fn read_state(isa: Isa, state: &[f32], x: &[f32], out: &mut [f32]) {
+    for (x, row) in x.iter().zip(state.chunks_exact(out.len())) {
+        isa.axpy(*x, row, out);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_chunked_form_equals_the_recurrence() {
+        let d = DeltaNet { key_heads: 2, value_heads: 4, key_dim: 16, value_dim: 24, conv_taps: 4 };
+        let tokens = 150;
+        let mut seed = 7u64;
+        let mut next = || {
+            seed = seed
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1_442_695_040_888_963_407);
+            (seed >> 40) as f32 / (1 << 23) as f32 - 1.0
+        };
+        let mut qkv: Vec<f32> = (0..tokens * d.conv_channels()).map(|_| next()).collect();
+        let isa = Isa::detect();
+        for row in qkv.chunks_exact_mut(d.conv_channels()) {
+            let keys = 2 * d.key_heads * d.key_dim;
+            row[..keys].chunks_exact_mut(d.key_dim).for_each(|k| isa.l2_norm(k, NORM_EPS, 1.0));
+        }
+        let g: Vec<f32> = (0..tokens * 4).map(|_| -(next() + 1.0) * 2.0).collect();
+        let beta: Vec<f32> = (0..tokens * 4).map(|_| (next() + 1.0) / 2.0).collect();
+        let rule = Rule { d: &d, isa, qkv: &qkv, g: &g, beta: &beta };
+        for head in 0..4 {
+            let start: Vec<f32> =
+                (0..d.key_dim * d.value_dim).map(|i| (i % 7) as f32 / 7.0).collect();
+            let (mut s1, mut s2) = (start.clone(), start);
+            let (mut o1, mut o2) = (vec![0.0; tokens * 24], vec![0.0; tokens * 24]);
+            rule.recurrent(head, &mut s1, &mut o1);
+            rule.chunked(head, &mut s2, &mut o2);
+            let worst = |a: &[f32], b: &[f32]| {
+                a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
+            };
+            assert!(worst(&o1, &o2) < 2e-5, "outputs differ by {}", worst(&o1, &o2));
+            assert!(worst(&s1, &s2) < 2e-5, "states differ by {}", worst(&s1, &s2));
+        }
+    }
+
+    #[test]
+    fn softplus_neither_overflows_nor_loses_small_values() {
+        assert_eq!(softplus(200.0), 200.0);
+        assert!((softplus(0.0) - std::f32::consts::LN_2).abs() < 1e-7);
+        assert!((softplus(-20.0) - 2.061_153_7e-9).abs() < 1e-14);
+    }
+}

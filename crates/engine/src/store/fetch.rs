@@ -1,0 +1,171 @@
+//! One layer's experts on their way from the pool or the disk to the kernels.
+//!
+//! A fetch pins what it has asked for and gives up each pin when the record is dropped. It blocks
+//! for a slot only while it holds none itself, so several fetches can never wait for each other.
+
+use std::ops::Deref;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use super::slots::{Key, SlotId, SlotState};
+use super::{ExpertStore, PoolState};
+use crate::error::Result;
+use crate::memory::Block;
+use crate::shape::{ExpertId, LayerId};
+
+/// An expert's record, pinned in the pool until dropped.
+pub struct Record<'s> {
+    store: &'s ExpertStore,
+    slot: SlotId,
+    block: Option<Arc<Block>>,
+}
+
+impl Deref for Record<'_> {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        self.block.as_ref().expect("a record holds its block until it is dropped").bytes()
+    }
+}
+
+impl Drop for Record<'_> {
+    fn drop(&mut self) {
+        // The share of the block goes first: a slot without pins may be handed to a reader.
+        self.block = None;
+        self.store.inner.lock().slots.unpin(self.slot);
+        self.store.inner.changed.notify_all();
+    }
+}
+
+#[derive(Clone, Copy)]
+enum Want {
+    /// No slot yet.
+    Unasked(Key),
+    /// Pinned; ready or being read.
+    Pinned(Key, SlotId),
+    /// Handed out.
+    Done,
+}
+
+/// Experts asked for with [`ExpertStore::fetch`].
+pub struct Fetch<'s> {
+    store: &'s ExpertStore,
+    wants: Vec<Want>,
+    /// First want that has not been handed out.
+    first: usize,
+}
+
+impl<'s> Fetch<'s> {
+    pub(super) fn start(store: &'s ExpertStore, layer: LayerId, experts: &[ExpertId]) -> Self {
+        let inner = &store.inner;
+        let wants = experts.iter().map(|&e| Want::Unasked(inner.key(layer, e))).collect();
+        let mut fetch = Self { store, wants, first: 0 };
+        fetch.ask(&mut inner.lock());
+        fetch
+    }
+
+    /// Every record that is ready now, with its position in the list asked for; waits for at least
+    /// one. Nothing is left when `ready` comes back empty.
+    ///
+    /// # Errors
+    /// The first read among them that failed.
+    pub fn ready(&mut self, ready: &mut Vec<(usize, Record<'s>)>) -> Result<()> {
+        ready.clear();
+        let store = self.store;
+        let mut pool = store.inner.lock();
+        while self.first < self.wants.len() {
+            self.ask(&mut pool);
+            for index in self.first..self.wants.len() {
+                if let Some(record) = self.take(&mut pool, index)? {
+                    ready.push((index, record));
+                }
+            }
+            if !ready.is_empty() {
+                break;
+            }
+            pool = self.wait(pool);
+        }
+        Ok(())
+    }
+
+    /// The next record in the order asked for; `None` after the last.
+    ///
+    /// # Errors
+    /// Its read failed.
+    pub fn next_in_order(&mut self) -> Result<Option<Record<'s>>> {
+        let store = self.store;
+        let mut pool = store.inner.lock();
+        if self.first == self.wants.len() {
+            return Ok(None);
+        }
+        loop {
+            self.ask(&mut pool);
+            if let Some(record) = self.take(&mut pool, self.first)? {
+                return Ok(Some(record));
+            }
+            pool = self.wait(pool);
+        }
+    }
+
+    /// Asks for as many wants, in order, as slots can be had.
+    fn ask(&mut self, pool: &mut PoolState) {
+        // A list longer than the pool is read a window at a time: half of the slots at most, so
+        // that a long prompt does not hold what another fetch needs.
+        let window = (pool.slots.count() / 2).max(1);
+        let end = self.wants.len().min(self.first + window.max(MIN_WINDOW));
+        for want in &mut self.wants[self.first..end] {
+            if let Want::Unasked(key) = *want {
+                match self.store.request(pool, key) {
+                    Some(slot) => *want = Want::Pinned(key, slot),
+                    None => return,
+                }
+            }
+        }
+    }
+
+    fn take(&mut self, pool: &mut PoolState, index: usize) -> Result<Option<Record<'s>>> {
+        let Want::Pinned(key, slot) = self.wants[index] else { return Ok(None) };
+        match pool.slots.state(slot) {
+            SlotState::Ready(_) => {}
+            SlotState::Failed(_) => {
+                let reason = pool.failures.get(&slot.0).cloned();
+                return Err(self
+                    .store
+                    .inner
+                    .error(key, reason.unwrap_or_else(|| "read failed".into())));
+            }
+            _ => return Ok(None),
+        }
+        self.wants[index] = Want::Done;
+        while matches!(self.wants.get(self.first), Some(Want::Done)) {
+            self.first += 1;
+        }
+        let block = pool.blocks[slot.0 as usize].clone();
+        Ok(Some(Record { store: self.store, slot, block }))
+    }
+
+    fn wait<'p>(&self, pool: MutexGuard<'p, PoolState>) -> MutexGuard<'p, PoolState> {
+        let started = Instant::now();
+        let pool = self.store.inner.changed.wait(pool).unwrap_or_else(PoisonError::into_inner);
+        let waited = started.elapsed().as_nanos() as u64;
+        self.store.inner.counters.wait_ns.fetch_add(waited, Ordering::Relaxed);
+        pool
+    }
+}
+
+/// Wants asked for at once even in a tiny pool, as far as slots are free.
+const MIN_WINDOW: usize = 16;
+
+impl Drop for Fetch<'_> {
+    fn drop(&mut self) {
+        let mut pool = self.store.inner.lock();
+        for want in &self.wants {
+            if let Want::Pinned(_, slot) = want {
+                pool.slots.unpin(*slot);
+            }
+        }
+        drop(pool);
+        self.store.inner.changed.notify_all();
+    }
+}

@@ -1,0 +1,235 @@
+//! Experts on disk, in a bounded pool of slots.
+//!
+//! Deals in (layer, expert) and bytes and never learns what an expert means. [`ExpertStore::fetch`]
+//! issues one whole-record read for each expert that is not in the pool, several in flight, and
+//! hands records out as they are ready, hits first. An expert that two fetches want is read once. A
+//! read that fails is an error of the fetches that wait for it, naming layer, expert, file, offset.
+
+mod fetch;
+mod readers;
+mod slots;
+
+pub mod read;
+
+pub use fetch::{Fetch, Record};
+pub use readers::IoMode;
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+
+use crate::container::Container;
+use crate::error::{Error, Result};
+use crate::memory::Block;
+use crate::shape::{ExpertId, LayerId};
+use readers::{Job, Readers};
+use slots::{Key, SlotId, Slots};
+
+/// Where one layer's records lie.
+struct LayerFile {
+    layer: LayerId,
+    path: std::path::PathBuf,
+    file: std::fs::File,
+    stride_bytes: usize,
+    /// Bytes to read for a record: whole pages when the stride allows it.
+    read_bytes: usize,
+}
+
+/// The bounded pool and its readers.
+pub struct ExpertStore {
+    inner: Arc<Inner>,
+    readers: Readers,
+    direct: bool,
+}
+
+struct Inner {
+    files: Vec<LayerFile>,
+    ordinals: Vec<Option<u16>>, // [layers], position among the layers with experts
+    experts: usize,
+    pool: Mutex<PoolState>,
+    changed: Condvar,
+    counters: AtomicCounters,
+}
+
+struct PoolState {
+    slots: Slots,
+    blocks: Vec<Option<Arc<Block>>>, // [slots]; None before first use and while a read owns it
+    slot_bytes: usize,
+    failures: HashMap<u32, String>, // by slot, until the last waiter has been told
+}
+
+#[derive(Default)]
+struct AtomicCounters {
+    hits: AtomicU64,
+    misses: AtomicU64,
+    read_bytes: AtomicU64,
+    wait_ns: AtomicU64,
+}
+
+/// What the store has done so far.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+pub struct StoreCounters {
+    /// Records found in the pool (or already being read for somebody else).
+    pub hits: u64,
+    /// Records that had to be read.
+    pub misses: u64,
+    /// Bytes read from the layer files.
+    pub read_bytes: u64,
+    /// Time that compute waited for reads, in nanoseconds.
+    pub wait_ns: u64,
+}
+
+impl StoreCounters {
+    /// What happened since `before`.
+    pub fn since(&self, before: &Self) -> Self {
+        Self {
+            hits: self.hits - before.hits,
+            misses: self.misses - before.misses,
+            read_bytes: self.read_bytes - before.read_bytes,
+            wait_ns: self.wait_ns - before.wait_ns,
+        }
+    }
+
+    /// Hits over hits and misses; 0 before the first fetch.
+    pub fn hit_rate(&self) -> f64 {
+        let total = self.hits + self.misses;
+        if total == 0 { 0.0 } else { self.hits as f64 / total as f64 }
+    }
+}
+
+/// How the store is set up.
+#[derive(Clone, Copy, Debug)]
+pub struct StoreOptions {
+    /// Records the pool holds.
+    pub slots: usize,
+    /// Reader threads, which is also the number of reads in flight.
+    pub readers: usize,
+    /// Direct or buffered reads.
+    pub io: IoMode,
+}
+
+impl ExpertStore {
+    /// Opens the layer files of a container and starts the readers.
+    ///
+    /// # Errors
+    /// A file that cannot be opened; direct reads demanded where the file system has none.
+    pub fn open(container: &Container, options: StoreOptions) -> Result<Self> {
+        let shape = container.shape();
+        let experts = shape.moe.experts;
+        let (files, direct) = readers::open_files(container, options.io)?;
+        let mut ordinals = vec![None; shape.layers.len()];
+        for (ordinal, file) in (0u16..).zip(&files) {
+            ordinals[usize::from(file.layer.0)] = Some(ordinal);
+        }
+        let slots = options.slots.min(files.len() * experts);
+        let slot_bytes = files.iter().map(|f| f.read_bytes).max().unwrap_or(0);
+        let inner = Arc::new(Inner {
+            pool: Mutex::new(PoolState {
+                slots: Slots::new(slots, files.len() * experts),
+                blocks: (0..slots).map(|_| None).collect(),
+                slot_bytes,
+                failures: HashMap::new(),
+            }),
+            files,
+            ordinals,
+            experts,
+            changed: Condvar::new(),
+            counters: AtomicCounters::default(),
+        });
+        let readers = Readers::start(&inner, options.readers.clamp(1, 64));
+        Ok(Self { inner, readers, direct })
+    }
+
+    /// Whether reads bypass the page cache.
+    pub fn is_direct(&self) -> bool {
+        self.direct
+    }
+
+    /// Number of slots, and how many are in use.
+    pub fn occupancy(&self) -> (usize, usize) {
+        let pool = self.inner.lock();
+        (pool.slots.count(), pool.slots.used())
+    }
+
+    /// The counters so far.
+    pub fn counters(&self) -> StoreCounters {
+        let c = &self.inner.counters;
+        StoreCounters {
+            hits: c.hits.load(Ordering::Relaxed),
+            misses: c.misses.load(Ordering::Relaxed),
+            read_bytes: c.read_bytes.load(Ordering::Relaxed),
+            wait_ns: c.wait_ns.load(Ordering::Relaxed),
+        }
+    }
+
+    /// Asks for experts of one layer. Reads of those that are not in the pool start at once, as far
+    /// as slots are free.
+    pub fn fetch(&self, layer: LayerId, experts: &[ExpertId]) -> Fetch<'_> {
+        Fetch::start(self, layer, experts)
+    }
+
+    /// Pins the expert if it is here; otherwise claims a slot and queues the read.
+    ///
+    /// `None` when no slot can be had now.
+    fn request(&self, pool: &mut PoolState, key: Key) -> Option<SlotId> {
+        let counters = &self.inner.counters;
+        if let Some(slot) = pool.slots.pin(key) {
+            counters.hits.fetch_add(1, Ordering::Relaxed);
+            return Some(slot);
+        }
+        let slot = pool.slots.claim(key)?;
+        counters.misses.fetch_add(1, Ordering::Relaxed);
+        let slot_bytes = pool.slot_bytes;
+        let block = pool.blocks[slot.0 as usize].take();
+        let block = block.unwrap_or_else(|| Arc::new(Block::zeroed(slot_bytes)));
+        self.readers.submit(Job { key, slot, block });
+        Some(slot)
+    }
+}
+
+impl Inner {
+    fn lock(&self) -> MutexGuard<'_, PoolState> {
+        self.pool.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn key(&self, layer: LayerId, expert: ExpertId) -> Key {
+        let ordinal = self.ordinals[usize::from(layer.0)].expect("a layer with experts");
+        let expert = usize::from(expert.0);
+        assert!(expert < self.experts, "expert {expert} of {}", self.experts);
+        Key((usize::from(ordinal) * self.experts + expert) as u32)
+    }
+
+    /// File, expert and byte offset of a key.
+    fn locate(&self, key: Key) -> (&LayerFile, ExpertId, u64) {
+        let (ordinal, expert) = (key.0 as usize / self.experts, key.0 as usize % self.experts);
+        let file = &self.files[ordinal];
+        (file, ExpertId(expert as u16), (expert * file.stride_bytes) as u64)
+    }
+
+    fn error(&self, key: Key, reason: String) -> Error {
+        let (file, expert, offset) = self.locate(key);
+        Error::Record { layer: file.layer, expert, path: file.path.clone(), offset, reason }
+    }
+
+    /// Puts a finished read's block back and wakes whoever waits for it.
+    fn finish(&self, job: Job, outcome: std::io::Result<()>) {
+        let mut pool = self.lock();
+        pool.blocks[job.slot.0 as usize] = Some(job.block);
+        match outcome {
+            Ok(()) => pool.slots.landed(job.slot),
+            Err(e) => {
+                pool.slots.failed(job.slot);
+                pool.failures.insert(job.slot.0, describe(&e));
+            }
+        }
+        drop(pool);
+        self.changed.notify_all();
+    }
+}
+
+fn describe(error: &std::io::Error) -> String {
+    match error.kind() {
+        std::io::ErrorKind::UnexpectedEof => "the file ends inside the record (truncated)".into(),
+        _ => format!("read failed: {error}"),
+    }
+}

@@ -1,0 +1,212 @@
+//! Reader threads: each takes one record at a time and reads it whole.
+//!
+//! A record is one request, never split: splitting only adds requests (docs/measurements.md). Direct
+//! reads bypass the page cache where the file system allows it; where it does not, `auto` reads
+//! through the cache and `direct` is refused.
+
+use std::collections::VecDeque;
+use std::fs::{File, OpenOptions};
+use std::path::Path;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::thread::{self, JoinHandle};
+
+use super::read::read_exact_at;
+use super::slots::{Key, SlotId};
+use super::{Inner, LayerFile};
+use crate::container::Container;
+use crate::error::{Error, Result};
+use crate::memory::{Block, PAGE_BYTES};
+
+/// Through the page cache or past it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum IoMode {
+    /// Past the page cache; refused where the file system cannot.
+    Direct,
+    /// Through the page cache.
+    Buffered,
+    /// Direct where it works, buffered elsewhere.
+    Auto,
+}
+
+impl IoMode {
+    /// The name of the flag's value.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Direct => "direct",
+            Self::Buffered => "buffered",
+            Self::Auto => "auto",
+        }
+    }
+}
+
+pub(super) struct Job {
+    pub key: Key,
+    pub slot: SlotId,
+    pub block: Arc<Block>,
+}
+
+pub(super) struct Readers {
+    queue: Arc<Queue>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+#[derive(Default)]
+struct Queue {
+    jobs: Mutex<(VecDeque<Job>, bool)>, // jobs, and whether to stop
+    ready: Condvar,
+}
+
+impl Readers {
+    pub fn start(inner: &Arc<Inner>, threads: usize) -> Self {
+        let queue = Arc::new(Queue::default());
+        let spawn = |index: usize| {
+            let (queue, inner) = (Arc::clone(&queue), Arc::clone(inner));
+            let builder = thread::Builder::new().name(format!("reader-{index}"));
+            builder.spawn(move || serve(&queue, &inner)).expect("the system can start a thread")
+        };
+        let threads = (0..threads).map(spawn).collect();
+        Self { queue, threads }
+    }
+
+    pub fn submit(&self, job: Job) {
+        self.queue.lock().0.push_back(job);
+        self.queue.ready.notify_one();
+    }
+}
+
+impl Drop for Readers {
+    fn drop(&mut self) {
+        {
+            let mut jobs = self.queue.lock();
+            jobs.0.clear();
+            jobs.1 = true;
+        }
+        self.queue.ready.notify_all();
+        for thread in self.threads.drain(..) {
+            // A reader that panicked has already printed why; the store is going away.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Queue {
+    fn lock(&self) -> std::sync::MutexGuard<'_, (VecDeque<Job>, bool)> {
+        self.jobs.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn next(&self) -> Option<Job> {
+        let mut jobs = self.lock();
+        loop {
+            if jobs.1 {
+                return None;
+            }
+            if let Some(job) = jobs.0.pop_front() {
+                return Some(job);
+            }
+            jobs = self.ready.wait(jobs).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+}
+
+fn serve(queue: &Queue, inner: &Inner) {
+    while let Some(mut job) = queue.next() {
+        let (file, _, offset) = inner.locate(job.key);
+        let block = Arc::get_mut(&mut job.block).expect("a slot being read is not shared");
+        let buffer = &mut block.bytes_mut()[..file.read_bytes];
+        let outcome = read_exact_at(&file.file, buffer, offset);
+        if outcome.is_ok() {
+            inner.counters.read_bytes.fetch_add(file.read_bytes as u64, Ordering::Relaxed);
+        }
+        inner.finish(job, outcome);
+    }
+}
+
+/// Opens every layer file; says whether reads are direct.
+pub(super) fn open_files(container: &Container, io: IoMode) -> Result<(Vec<LayerFile>, bool)> {
+    let entries = container.manifest().experts.iter().zip(container.layouts());
+    let aligned = container
+        .manifest()
+        .experts
+        .iter()
+        .all(|entry| entry.stride_bytes.is_multiple_of(PAGE_BYTES));
+    let first = container.manifest().experts.first().map(|e| container.dir().join(&e.file));
+    let direct = match (io, &first) {
+        (IoMode::Buffered, _) | (_, None) => false,
+        (_, Some(path)) => aligned && direct_reads_work(path),
+    };
+    if io == IoMode::Direct && !direct {
+        return Err(Error::Container(format!(
+            "{}: direct reads do not work here (file system or record alignment); use --io auto",
+            container.dir().display()
+        )));
+    }
+    let mut files = Vec::new();
+    for (entry, layout) in entries {
+        let path = container.dir().join(&entry.file);
+        let file = open(&path, direct).map_err(|e| Error::io(&path, e))?;
+        let padded = entry.stride_bytes.is_multiple_of(PAGE_BYTES);
+        files.push(LayerFile {
+            layer: entry.layer,
+            path,
+            file,
+            stride_bytes: entry.stride_bytes,
+            read_bytes: if padded { layout.padded_bytes() } else { layout.record_bytes() },
+        });
+    }
+    Ok((files, direct))
+}
+
+/// Some file systems take the flag when opening and refuse the first read, so one page is read.
+fn direct_reads_work(path: &Path) -> bool {
+    let Ok(file) = open(path, true) else { return false };
+    let mut page = Block::zeroed(PAGE_BYTES);
+    read_exact_at(&file, page.bytes_mut(), 0).is_ok()
+}
+
+#[cfg(any(target_os = "linux", target_os = "android", target_os = "freebsd"))]
+fn open(path: &Path, direct: bool) -> std::io::Result<File> {
+    use std::os::unix::fs::OpenOptionsExt;
+    let mut options = OpenOptions::new();
+    options.read(true);
+    if direct {
+        options.custom_flags(rustix::fs::OFlags::DIRECT.bits().cast_signed());
+    }
+    options.open(path)
+}
+
+#[cfg(target_vendor = "apple")]
+fn open(path: &Path, direct: bool) -> std::io::Result<File> {
+    let file = OpenOptions::new().read(true).open(path)?;
+    if direct {
+        rustix::fs::fcntl_nocache(&file, true)?;
+    }
+    Ok(file)
+}
+
+#[cfg(windows)]
+fn open(path: &Path, direct: bool) -> std::io::Result<File> {
+    use std::os::windows::fs::OpenOptionsExt;
+    /// FILE_FLAG_NO_BUFFERING of CreateFileW.
+    const NO_BUFFERING: u32 = 0x2000_0000;
+    let mut options = OpenOptions::new();
+    options.read(true);
+    if direct {
+        options.custom_flags(NO_BUFFERING);
+    }
+    options.open(path)
+}
+
+#[cfg(not(any(
+    target_os = "linux",
+    target_os = "android",
+    target_os = "freebsd",
+    target_vendor = "apple",
+    windows
+)))]
+fn open(path: &Path, direct: bool) -> std::io::Result<File> {
+    if direct {
+        return Err(std::io::ErrorKind::Unsupported.into());
+    }
+    OpenOptions::new().read(true).open(path)
+}

@@ -1,0 +1,216 @@
+//! The operations on 8 lanes, for x86-64 with AVX2, FMA and F16C.
+//!
+//! Owns the primitives of these registers; `lanes.rs` makes the operations of them. The one idea of
+//! `unpack`: eight elements of any width lie in at most eight bytes, so one broadcast word and one
+//! byte shuffle bring to each lane the two bytes that its element may straddle.
+
+#![allow(unsafe_code, reason = "loads and stores through the pointers of array references")]
+
+use std::arch::x86_64::*;
+
+use crate::DeltaHead;
+use crate::block::{Format, Row, Rows, ScaleType, f32_at, scale_at, u16_at};
+use crate::float::{bf16_to_f32, f16_to_f32};
+use crate::lanes::operations;
+
+type Lanes = __m256;
+const LANES: usize = 8;
+/// Registers of one block of columns in `delta_step`: two sets of sums fit in 16 registers.
+const STATE_LANES: usize = 4;
+
+operations!("avx2,f16c,fma");
+
+#[inline]
+#[target_feature(enable = "avx2,f16c,fma")]
+fn load(x: &[f32; LANES]) -> Lanes {
+    // SAFETY: the reference is to 8 readable f32; the instruction needs no alignment.
+    unsafe { _mm256_loadu_ps(x.as_ptr()) }
+}
+
+#[inline]
+#[target_feature(enable = "avx2,f16c,fma")]
+fn store(x: Lanes, to: &mut [f32; LANES]) {
+    // SAFETY: the reference is to 8 writable f32; the instruction needs no alignment.
+    unsafe { _mm256_storeu_ps(to.as_mut_ptr(), x) }
+}
+
+#[inline]
+#[target_feature(enable = "avx2,f16c,fma")]
+fn splat(x: f32) -> Lanes {
+    _mm256_set1_ps(x)
+}
+
+#[inline]
+#[target_feature(enable = "avx2,f16c,fma")]
+fn add_lanes(a: Lanes, b: Lanes) -> Lanes {
+    _mm256_add_ps(a, b)
+}
+
+#[inline]
+#[target_feature(enable = "avx2,f16c,fma")]
+fn sub_lanes(a: Lanes, b: Lanes) -> Lanes {
+    _mm256_sub_ps(a, b)
+}
+
+#[inline]
+#[target_feature(enable = "avx2,f16c,fma")]
+fn mul_lanes(a: Lanes, b: Lanes) -> Lanes {
+    _mm256_mul_ps(a, b)
+}
+
+#[inline]
+#[target_feature(enable = "avx2,f16c,fma")]
+fn divide_lanes(a: Lanes, b: Lanes) -> Lanes {
+    _mm256_div_ps(a, b)
+}
+
+/// `a * b + c`, rounded once.
+#[inline]
+#[target_feature(enable = "avx2,f16c,fma")]
+fn fma(a: Lanes, b: Lanes, c: Lanes) -> Lanes {
+    _mm256_fmadd_ps(a, b, c)
+}
+
+/// The larger; a NaN where `b` is one.
+#[inline]
+#[target_feature(enable = "avx2,f16c,fma")]
+fn max_lanes(a: Lanes, b: Lanes) -> Lanes {
+    _mm256_max_ps(a, b)
+}
+
+/// The smaller; a NaN where `b` is one.
+#[inline]
+#[target_feature(enable = "avx2,f16c,fma")]
+fn min_lanes(a: Lanes, b: Lanes) -> Lanes {
+    _mm256_min_ps(a, b)
+}
+
+#[inline]
+#[target_feature(enable = "avx2,f16c,fma")]
+fn round_lanes(x: Lanes) -> Lanes {
+    _mm256_round_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(x)
+}
+
+/// `x * 2^n` for an integral n from -151 to 129.
+#[inline]
+#[target_feature(enable = "avx2,f16c,fma")]
+fn multiply_by_power_of_two(x: Lanes, n: Lanes) -> Lanes {
+    // Two factors, since 2^129 and 2^-151 are no f32 although the product may be one.
+    let n = _mm256_cvtps_epi32(n);
+    let first = _mm256_srai_epi32::<1>(n);
+    let second = _mm256_sub_epi32(n, first);
+    mul_lanes(mul_lanes(x, power_of_two(first)), power_of_two(second))
+}
+
+/// 2^n for an n whose power is a normal f32.
+#[inline]
+#[target_feature(enable = "avx2,f16c,fma")]
+fn power_of_two(n: __m256i) -> Lanes {
+    let biased = _mm256_add_epi32(n, _mm256_set1_epi32(127));
+    _mm256_castsi256_ps(_mm256_slli_epi32::<23>(biased))
+}
+
+#[inline]
+#[target_feature(enable = "avx2,f16c,fma")]
+fn sum_lanes(x: Lanes) -> f32 {
+    let x = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x));
+    let x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+    _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)))
+}
+
+#[inline]
+#[target_feature(enable = "avx2,f16c,fma")]
+fn largest_lane(x: Lanes) -> f32 {
+    let x = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x));
+    let x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+    _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)))
+}
+
+#[inline]
+#[target_feature(enable = "avx2,f16c,fma")]
+fn widen_bf16(bytes: &[u8; 2 * LANES]) -> Lanes {
+    // SAFETY: the reference is to 16 readable bytes; the instruction needs no alignment.
+    let words = unsafe { _mm_loadu_si128(bytes.as_ptr().cast()) };
+    _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(words)))
+}
+
+#[inline]
+#[target_feature(enable = "avx2,f16c,fma")]
+fn widen_f16(bytes: &[u8; 2 * LANES]) -> Lanes {
+    // SAFETY: the reference is to 16 readable bytes; the instruction needs no alignment.
+    _mm256_cvtph_ps(unsafe { _mm_loadu_si128(bytes.as_ptr().cast()) })
+}
+
+#[inline]
+#[target_feature(enable = "avx2,f16c,fma")]
+fn widen_f32(bytes: &[u8; 4 * LANES]) -> Lanes {
+    // SAFETY: the reference is to 32 readable bytes; the instruction needs no alignment.
+    unsafe { _mm256_loadu_ps(bytes.as_ptr().cast()) }
+}
+
+/// The next 32 elements, in `4 * BITS` bytes, as f32.
+#[inline]
+#[target_feature(enable = "avx2,f16c,fma")]
+fn unpack<const BITS: usize>(packed: &[u8]) -> [Lanes; 4] {
+    [
+        unpack_quarter::<BITS>(packed, 0),
+        unpack_quarter::<BITS>(packed, 1),
+        unpack_quarter::<BITS>(packed, 2),
+        unpack_quarter::<BITS>(packed, 3),
+    ]
+}
+
+/// Eight of the 32 elements: those in the `BITS` bytes from `quarter * BITS` on.
+#[inline]
+#[target_feature(enable = "avx2,f16c,fma")]
+fn unpack_quarter<const BITS: usize>(packed: &[u8], quarter: usize) -> Lanes {
+    assert!(packed.len() == 4 * BITS);
+    let first_byte = quarter * BITS;
+    if BITS == 8 {
+        // SAFETY: the assertion found 8 bytes from `first_byte` on.
+        let bytes = unsafe { _mm_loadl_epi64(packed.as_ptr().add(first_byte).cast()) };
+        return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes));
+    }
+    // The last words of a step end with it: eight bytes are read, no more than there are.
+    let word_start = first_byte.min(4 * BITS - 8);
+    // SAFETY: `word_start + 8` is at most the length that the assertion found.
+    let word = unsafe { packed.as_ptr().add(word_start).cast::<u64>().read_unaligned() };
+    let word = word >> (8 * (first_byte - word_start));
+    let words = _mm256_set1_epi64x(word.cast_signed());
+    let mask = _mm256_set1_epi32((1 << BITS) - 1);
+    let windows = const { &windows(BITS) };
+    let shifts = const { &shifts(BITS) };
+    let pairs = _mm256_shuffle_epi8(words, integers(windows));
+    let q = _mm256_and_si256(_mm256_srlv_epi32(pairs, integers(shifts)), mask);
+    _mm256_cvtepi32_ps(q)
+}
+
+#[inline]
+#[target_feature(enable = "avx2,f16c,fma")]
+fn integers(table: &[i32; LANES]) -> __m256i {
+    // SAFETY: the reference is to 8 readable i32; the instruction needs no alignment.
+    unsafe { _mm256_loadu_si256(table.as_ptr().cast()) }
+}
+
+/// For each lane, the byte shuffle that brings in the two bytes at bit `k * bits` and two zeros.
+const fn windows(bits: usize) -> [i32; LANES] {
+    let mut out = [0; LANES];
+    let mut k = 0;
+    while k < LANES {
+        let byte = (k * bits / 8) as u8;
+        out[k] = i32::from_le_bytes([byte, byte + 1, 0x80, 0x80]);
+        k += 1;
+    }
+    out
+}
+
+/// For each lane, the bit at which its element starts in its first byte.
+const fn shifts(bits: usize) -> [i32; LANES] {
+    let mut out = [0; LANES];
+    let mut k = 0;
+    while k < LANES {
+        out[k] = (k * bits % 8) as i32;
+        k += 1;
+    }
+    out
+}
