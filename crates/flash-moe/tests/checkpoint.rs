@@ -23,7 +23,11 @@ fn every_checkpoint_holds_the_bytes_its_golden_was_made_from() {
         let dir = tempfile::tempdir().expect("temporary directory");
         write_checkpoint(variant, dir.path());
         let expected = golden(variant).about("checkpoint_xxh3_64");
-        assert_eq!(fingerprint(dir.path()), expected, "{variant}");
+        let found = fingerprint(dir.path());
+        if found != expected {
+            let kept = dir.keep();
+            panic!("{variant}: {found}, expected {expected}; see {}", kept.display());
+        }
     }
 }
 
