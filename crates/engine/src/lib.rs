@@ -10,6 +10,9 @@ pub mod memory;
 pub mod container;
 pub mod shape;
 
+pub mod chat_template;
+pub mod tokenizer;
+
 pub mod budget;
 pub mod engine;
 pub mod pool;
@@ -22,6 +25,9 @@ mod layer;
 
 pub mod kv_cache;
 pub mod store;
+
+pub mod generation;
+pub mod sampler;
 
 pub mod timing;
 pub mod trace;
