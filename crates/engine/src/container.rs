@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 
 use flash_moe_kernels::{Format, Rows, ScaleType};
 use safetensors::Dtype;
-use safetensors::tensor::{Metadata, SafeTensors, TensorInfo};
+use safetensors::tensor::{Metadata, TensorInfo};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
@@ -523,8 +523,10 @@ pub fn read_safetensors_header(path: &Path, file: &File) -> Result<(Metadata, u6
     let mut buffer = vec![0u8; 8 + header_bytes as usize];
     read_exact_at(file, &mut buffer, 0)
         .map_err(|_| malformed("header is cut off: the file is truncated".into()))?;
-    let (_, metadata) =
-        SafeTensors::read_metadata(&buffer).map_err(|e| malformed(format!("bad header: {e}")))?;
+    // `SafeTensors::read_metadata` wants the whole file in memory; the metadata's own reader makes the
+    // same checks of offsets and sizes on the header alone.
+    let metadata: Metadata =
+        serde_json::from_slice(&buffer[8..]).map_err(|e| malformed(format!("bad header: {e}")))?;
     Ok((metadata, 8 + header_bytes))
 }
 

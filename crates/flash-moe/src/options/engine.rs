@@ -20,7 +20,7 @@ use crate::tiny;
 const TOKENIZER_FACTOR: u64 = 12;
 
 /// Which model, and what of the machine it may use.
-#[derive(Args, Debug)]
+#[derive(Args, Clone, Debug)]
 pub struct EngineArgs {
     /// Directory of the model, made by `flash-moe convert` [default: the small built-in model].
     #[arg(long, short, value_name = "DIR")]

@@ -4,6 +4,7 @@
 
 use clap::{Parser, Subcommand};
 
+pub mod convert;
 pub mod engine;
 pub mod eval;
 pub mod run;
@@ -30,6 +31,14 @@ pub enum Command {
     Run(Box<run::RunArgs>),
     /// Measure perplexity, or the divergence between two containers.
     Eval(Box<eval::EvalArgs>),
+    /// Convert a checkpoint into a container.
+    Convert(convert::ConvertArgs),
+    /// Check every byte of a container.
+    Verify(convert::VerifyArgs),
+    /// Describe a container.
+    Inspect(convert::InspectArgs),
+    /// Make a container of random weights.
+    Synth(convert::SynthArgs),
 }
 
 #[cfg(test)]
