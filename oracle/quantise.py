@@ -7,6 +7,7 @@ MLX affine: a row of K numbers is K*bits/32 little-endian words, one bit stream,
 group is positive, so that the end of larger magnitude is code 0 and exact.
 """
 
+import json
 import sys
 
 import numpy as np
@@ -65,8 +66,8 @@ def dequantise_affine(packed, scales, biases, bits, group):
 def encode_e4m3(x):
     """float32 of magnitude below 464 to E4M3 bytes, nearest, ties to even."""
     magnitude = np.abs(x)
-    # Below 2^-6 the spacing stays that of the smallest normal numbers.
-    exponent = np.maximum(np.frexp(magnitude)[1] - 1, -6)
+    # Below 2^-6 the spacing stays that of the smallest normal numbers. frexp gives zero the exponent of 1/2.
+    exponent = np.where(magnitude < 2.0**-6, -6, np.frexp(magnitude)[1] - 1)
     mantissa = np.rint(np.ldexp(magnitude, 3 - exponent)).astype(np.int64)
     # A mantissa of 16 carries into the exponent by itself, and one below 8 is a subnormal.
     code = (exponent + 6) * 8 + mantissa
@@ -131,7 +132,7 @@ def check_fp8():
     assert np.array_equal(decode_e4m3(codes), torch.from_numpy(codes).view(torch.float8_e4m3fn).float().numpy())
     rng = np.random.default_rng(0)
     x = (rng.standard_normal(100000) * 2.0 ** rng.integers(-12, 7, 100000)).astype(np.float32)
-    x = np.clip(np.concatenate([x, (decode_e4m3(codes[:120]) + decode_e4m3(codes[1:121])) / 2]), -449, 449)
+    x = np.clip(np.concatenate([x, decode_e4m3(codes), (decode_e4m3(codes[:120]) + decode_e4m3(codes[1:121])) / 2]), -449, 449)
     x = x.astype(np.float32)
     theirs = torch.from_numpy(x).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
     assert np.array_equal(encode_e4m3(x), theirs)
@@ -156,7 +157,8 @@ def main(path):
             out[key + "weight"] = theirs[0].view(np.uint8)
             out[key + "scales"], out[key + "biases"] = theirs[1:]
     rows = ",".join(f"{name}.{i}" for name in golden_rows() for i in range(2))
-    save_file(out, path, metadata={"mlx": mx.__version__, "rows": rows})
+    # One entry: safetensors writes several in no fixed order.
+    save_file(out, path, metadata={"about": json.dumps({"mlx": mx.__version__, "rows": rows})})
     print(f"{path}: {len(out)} arrays, equal to mlx {mx.__version__}")
 
 

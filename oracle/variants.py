@@ -10,15 +10,15 @@ LAYERS = 8
 
 # Seeds found with `golden.py --search`: the widest gaps at the routers and in the greedy choice.
 SEEDS = {
-    "q35-r4": 1,
-    "q35-r2": 1,
-    "q3next": 1,
-    "q3moe": 1,
-    "q35-r4-q4": 1,
-    "q35-r4-q2": 1,
-    "q3moe-dense": 1,
-    "q3next-dense": 1,
-    "q35-r2-fp8": 1,
+    "q35-r4": 7,
+    "q35-r2": 10,
+    "q3next": 22,
+    "q3moe": 64,
+    "q35-r4-q4": 11,
+    "q35-r4-q2": 11,
+    "q3moe-dense": 5,
+    "q3next-dense": 10,
+    "q35-r2-fp8": 24,
 }
 
 

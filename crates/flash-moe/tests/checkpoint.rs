@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
+use flash_moe_kernels::quantise_row;
 use safetensors::SafeTensors;
 use xxhash_rust::xxh3::Xxh3Default;
 
@@ -21,8 +22,12 @@ fn every_checkpoint_holds_the_bytes_its_golden_was_made_from() {
     for variant in VARIANTS {
         let dir = tempfile::tempdir().expect("temporary directory");
         write_checkpoint(variant, dir.path());
-        let expected = golden(variant).metadata("checkpoint_xxh3_64");
-        assert_eq!(fingerprint(dir.path()), expected, "{variant}");
+        let expected = golden(variant).about("checkpoint_xxh3_64");
+        let found = fingerprint(dir.path());
+        if found != expected {
+            let kept = dir.keep();
+            panic!("{variant}: {found}, expected {expected}; see {}", kept.display());
+        }
     }
 }
 
@@ -33,7 +38,8 @@ fn greedy_ids_are_the_largest_logits() {
         let ids = golden.integers("greedy_ids").values;
         let prefill = rows(&golden, "prefill.logits");
         let decode = rows(&golden, "decode.logits");
-        let chosen: Vec<u32> = prefill.last().into_iter().chain(&decode).map(argmax).collect();
+        let chosen: Vec<u32> =
+            prefill.last().into_iter().chain(&decode).map(|row| argmax(row)).collect();
         assert_eq!(chosen, ids, "{variant}");
     }
 }
@@ -63,6 +69,31 @@ fn tensors_of_mlx_files_start_at_odd_offsets() {
     assert_eq!(header_bytes % 2, 1);
 }
 
+#[test]
+fn quantise_row_writes_the_bits_that_mlx_writes() {
+    let golden = golden("quantise");
+    let x = golden.floats("x");
+    let cols = x.shape[1];
+    for bits in [2_u8, 3, 4, 5, 6, 8] {
+        for group in [32_u16, 64, 128] {
+            let array = |leaf: &str| golden.integers(&format!("b{bits}.g{group}.{leaf}")).values;
+            let (mut weight, mut scales, mut biases) = (Vec::new(), Vec::new(), Vec::new());
+            for row in x.values.chunks_exact(cols) {
+                let mut packed = vec![0; cols * usize::from(bits) / 8];
+                let mut scale = vec![0; cols / usize::from(group)];
+                let mut bias = scale.clone();
+                quantise_row(row, bits, group, &mut packed, &mut scale, &mut bias);
+                weight.extend(packed.into_iter().map(u32::from));
+                scales.extend(scale.into_iter().map(u32::from));
+                biases.extend(bias.into_iter().map(u32::from));
+            }
+            assert_eq!(weight, array("weight"), "{bits} bits, group {group}");
+            assert_eq!(scales, array("scales"), "{bits} bits, group {group}");
+            assert_eq!(biases, array("biases"), "{bits} bits, group {group}");
+        }
+    }
+}
+
 /// xxh3_64 over name, dtype, shape and bytes of every tensor, in the order of the names.
 fn fingerprint(dir: &Path) -> String {
     let files: Vec<Vec<u8>> = fs::read_dir(dir)
@@ -90,7 +121,7 @@ fn rows(golden: &Golden, name: &str) -> Vec<Vec<f32>> {
     array.values.chunks_exact(array.shape[1]).map(<[f32]>::to_vec).collect()
 }
 
-fn argmax(logits: &Vec<f32>) -> u32 {
+fn argmax(logits: &[f32]) -> u32 {
     let best = logits.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1));
     best.expect("a row of logits").0 as u32
 }

@@ -50,7 +50,8 @@ fn cache_size_reader_and_threads_change_no_bit() {
         "1MiB",
         "x",
     ]);
-    let least = floor.split("--memory ").nth(1).and_then(|rest| rest.split([' ', ')', '\n']).next());
+    let least =
+        floor.split("--memory ").nth(1).and_then(|rest| rest.split([' ', ')', '\n']).next());
     let least = least.expect("the refusal names the smallest limit");
     let (many_misses, at_floor) = logits(&home, &["--memory", least]);
     assert!(many_misses > 2 * few_misses, "{many_misses} misses at the floor, {few_misses} above");
@@ -75,8 +76,7 @@ fn prefill_chunks_change_logits_within_the_bound() {
     let (_, reference) = logits(&home, &[]);
     for chunk in ["1", "7", "33", "64", "1000"] {
         let (_, other) = logits(&home, &["--prefill-chunk", chunk]);
-        let worst =
-            reference.iter().zip(&other).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        let worst = reference.iter().zip(&other).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
         assert!(worst <= CHUNK_BOUND, "chunk {chunk}: {worst}");
     }
 }

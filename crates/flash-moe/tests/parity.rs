@@ -54,7 +54,11 @@ impl Model {
     fn agrees(&self, extra: &[&str]) {
         let prompt = self.golden.integers("input_ids").values;
         let (generated, trace) = self.trace(&prompt, GREEDY, extra);
-        assert_eq!(generated, self.golden.integers("greedy_ids").values, "{extra:?}: greedy tokens");
+        assert_eq!(
+            generated,
+            self.golden.integers("greedy_ids").values,
+            "{extra:?}: greedy tokens"
+        );
         for phase in ["prefill", "decode"] {
             self.experts_agree(&trace, phase, phase);
             self.close(&trace.floats(&format!("{phase}.logits")).1, &format!("{phase}.logits"), 1);
@@ -82,16 +86,18 @@ impl Model {
         let theirs = self.golden.integers(&format!("{name}.router_indices"));
         assert_eq!(shape, theirs.shape);
         let top_k = shape[2];
-        for (i, (ours, theirs)) in
-            ours.chunks(top_k).zip(theirs.values.chunks(top_k)).enumerate()
-        {
+        for (i, (ours, theirs)) in ours.chunks(top_k).zip(theirs.values.chunks(top_k)).enumerate() {
             let sorted = |ids: &[u32]| {
                 let mut ids = ids.to_vec();
                 ids.sort_unstable();
                 ids
             };
             let (layer, token) = (i / shape[1], i % shape[1]);
-            assert_eq!(sorted(ours), sorted(theirs), "{name}: experts, layer {layer} token {token}");
+            assert_eq!(
+                sorted(ours),
+                sorted(theirs),
+                "{name}: experts, layer {layer} token {token}"
+            );
         }
     }
 

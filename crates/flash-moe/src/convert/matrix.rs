@@ -305,11 +305,6 @@ struct Piece {
     stored: Range<usize>,
 }
 
-struct BlockScales<'a> {
-    bytes: &'a mut Vec<u8>,
-    values: &'a mut Vec<f32>,
-}
-
 /// Row of the scale tensor that belongs to a stored row.
 fn block_row(stored: usize, stack_rows: usize) -> usize {
     stored / stack_rows * stack_rows.div_ceil(FP8_BLOCK) + stored % stack_rows / FP8_BLOCK
@@ -353,8 +348,11 @@ pub fn scale_dtype(kind: ScaleKind) -> Dtype {
     }
 }
 
-/// Whether all stored floats are finite; `first_row` and `cols` turn an index into a place.
-fn check_finite(dtype: Dtype, bytes: &[u8], first_row: usize, cols: usize) -> Result<()> {
+/// Refuses stored floats that are not finite; `first_row` and `cols` turn an index into a place.
+///
+/// # Errors
+/// The first value that is not finite, with its place.
+pub fn check_finite(dtype: Dtype, bytes: &[u8], first_row: usize, cols: usize) -> Result<()> {
     let words = || bytes.as_chunks::<2>().0.iter().map(|w| u16::from_le_bytes(*w));
     let bad = match dtype {
         Dtype::BF16 => find(words(), |w| w & 0x7f80 == 0x7f80).map(|(i, w)| (i, bf16_to_f32(w))),

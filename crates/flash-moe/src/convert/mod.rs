@@ -4,43 +4,40 @@
 //! experts after the other, the small files, and last the manifest that makes the directory a
 //! container. Refuses before writing whatever can be refused from headers alone.
 
-mod source;
+pub mod source;
 
-mod inventory;
+pub mod inventory;
 mod scheme;
 
-mod plan;
+pub mod plan;
 
-mod matrix;
+pub mod matrix;
 
-mod dense;
-mod experts;
+mod adopt;
+pub mod dense;
+pub mod experts;
 
-mod files;
-mod progress;
-mod work;
-mod workers;
+pub mod files;
+pub mod progress;
+pub mod work;
+pub mod workers;
 
 use std::collections::BTreeMap;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
-use flash_moe_engine::container::{DENSE_FILE, DenseFile, MANIFEST_FILE, Manifest, VERSION};
+use flash_moe_engine::container::DENSE_FILE;
 use flash_moe_engine::shape::Shape;
 use serde_json::Value;
 
 use crate::options::convert::{Bits, ConvertArgs};
-use dense::DenseLayout;
-use experts::Records;
 use plan::{ExpertLayer, Experts, Plan, Request};
 use progress::Progress;
 use scheme::Scheme;
 use source::Source;
-use work::{Destination, Place, Progressed, Record};
+use work::{About, DENSE_SUMS_FILE, Destination, Place, Progressed, Record};
 use workers::Workers;
 
-/// Path of the dense checksums within a container.
-const DENSE_SUMS_FILE: &str = "checksums/dense.json";
 /// What every model needs to turn text into tokens.
 const TOKENIZER_FILE: &str = "tokenizer.json";
 /// Files taken over as they are, where the source has them.
@@ -63,7 +60,7 @@ const COPIED_FILES: [&str; 10] = [
 /// Anything that keeps the container from being complete and correct.
 pub fn run(args: &ConvertArgs) -> Result<()> {
     match (&args.adopt, &args.src, &args.dst) {
-        (Some(_dir), _, _) => bail!("--adopt is not here yet"),
+        (Some(dir), _, _) => adopt::run(args, dir),
         (None, Some(src), Some(dst)) => convert(args, src, dst),
         _ => bail!("give SRC and DST, or --adopt DIR"),
     }
@@ -84,33 +81,25 @@ fn convert(args: &ConvertArgs, src: &Path, dst: &Path) -> Result<()> {
         Progressed::Complete => return complete(args, dst),
     };
     let name = args.name.clone().unwrap_or_else(|| directory_name(src));
-    Conversion {
-        source: &source,
-        scheme: &scheme,
-        plan: &plan,
-        destination: &destination,
-        name,
-        args,
-    }
-    .run(src)
+    Conversion { source: &source, scheme: &scheme, plan: &plan, destination, name, args }.run(src)
 }
 
 struct Conversion<'a> {
     source: &'a Source,
     scheme: &'a Scheme,
     plan: &'a Plan,
-    destination: &'a Destination,
+    destination: Destination,
     name: String,
     args: &'a ConvertArgs,
 }
 
 impl Conversion<'_> {
-    fn run(&self, src: &Path) -> Result<()> {
+    fn run(self, src: &Path) -> Result<()> {
         let layout = dense::layout(&self.plan.dense);
-        let dense_done = self.dense_done(&layout)?;
+        let dense_done = self.destination.dense_done(layout.bytes)?;
         let mut pending = Vec::new();
         for layer in self.layers() {
-            if !self.records_done(&layer.records)? {
+            if !self.destination.records_done(&layer.records)? {
                 pending.push(layer);
             }
         }
@@ -139,33 +128,13 @@ impl Conversion<'_> {
             progress.done(&layer.records.file());
         }
         copy_small_files(src, dir)?;
-        self.write_manifest(&layout)?;
+        self.conclude(layout.bytes)?;
         progress.finish();
         Ok(())
     }
 
     fn layers(&self) -> impl Iterator<Item = &ExpertLayer> {
         self.plan.layers.iter().chain(&self.plan.mtp_layers)
-    }
-
-    fn dense_done(&self, layout: &DenseLayout) -> Result<bool> {
-        let done = self.destination.is_done(DENSE_FILE, layout.bytes)?;
-        ensure!(
-            !done || self.destination.dir().join(DENSE_SUMS_FILE).exists(),
-            "{DENSE_FILE} is there without {DENSE_SUMS_FILE}; delete it and run the command again"
-        );
-        Ok(done)
-    }
-
-    fn records_done(&self, records: &Records) -> Result<bool> {
-        let done = self.destination.is_done(&records.file(), records.bytes())?;
-        ensure!(
-            !done || self.destination.is_done(&records.sums_file(), records.sums_bytes())?,
-            "{} is there without {}; delete it and run the command again",
-            records.file(),
-            records.sums_file()
-        );
-        Ok(done)
     }
 
     /// Buffers that a thread needs: a record and what is read for it, or chunks of a dense matrix.
@@ -191,7 +160,7 @@ impl Conversion<'_> {
         }
     }
 
-    fn write_manifest(&self, layout: &DenseLayout) -> Result<()> {
+    fn conclude(self, dense_bytes: u64) -> Result<()> {
         let dir = self.destination.dir();
         let entries = |layers: &[ExpertLayer]| {
             let entry = |layer: &ExpertLayer| {
@@ -200,22 +169,14 @@ impl Conversion<'_> {
             };
             layers.iter().map(entry).collect::<Result<Vec<_>>>()
         };
-        let manifest = Manifest {
-            format: "flash-moe".into(),
-            version: VERSION,
-            name: self.name.clone(),
+        let experts = [entries(&self.plan.layers)?, entries(&self.plan.mtp_layers)?];
+        let about = About {
+            name: self.name,
             source: self.scheme.description.clone(),
             shape: self.plan.shape.clone(),
-            dense: DenseFile {
-                file: DENSE_FILE.into(),
-                bytes: layout.bytes,
-                checksums: dense::read_checksums(&dir.join(DENSE_SUMS_FILE))?,
-            },
-            experts: entries(&self.plan.layers)?,
-            mtp_experts: entries(&self.plan.mtp_layers)?,
             notes: self.plan.notes.clone(),
         };
-        files::write_whole(&dir.join(MANIFEST_FILE), &serde_json::to_vec_pretty(&manifest)?)
+        self.destination.conclude(about, dense_bytes, experts)
     }
 }
 

@@ -4,9 +4,9 @@
 
 use std::io::IsTerminal;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::{DecimalBytes, ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 /// Progress towards a known number of bytes.
 pub struct Progress {
@@ -69,12 +69,8 @@ impl Progress {
     pub fn done(&self, what: &str) {
         if self.voice == Voice::Lines {
             let (done, total) = (self.bar.position(), self.bar.length().unwrap_or(0));
-            let rate = gigabytes(done) / self.started.elapsed().as_secs_f64().max(1e-9);
-            eprintln!(
-                "{what}: {:.2} of {:.2} GB, {rate:.2} GB/s",
-                gigabytes(done),
-                gigabytes(total)
-            );
+            let (of, rate) = (DecimalBytes(total), self.rate(done));
+            eprintln!("{what}: {} of {of}, {rate}/s", DecimalBytes(done));
         }
     }
 
@@ -93,25 +89,25 @@ impl Progress {
         if self.voice == Voice::Silent {
             return;
         }
-        let elapsed: Duration = self.started.elapsed();
-        let seconds = elapsed.as_secs_f64().max(1e-9);
         let read = self.read_bytes.load(Ordering::Relaxed);
         let written = self.written_bytes.load(Ordering::Relaxed);
         let peak = match peak_memory_bytes() {
-            Some(bytes) => format!(", peak memory {:.2} GB", gigabytes(bytes)),
+            Some(bytes) => format!(", peak memory {}", DecimalBytes(bytes)),
             None => String::new(),
         };
         eprintln!(
-            "read {:.2} GB, wrote {:.2} GB in {seconds:.1} s: {:.2} GB/s{peak}",
-            gigabytes(read),
-            gigabytes(written),
-            gigabytes(read.max(written)) / seconds,
+            "read {}, wrote {} in {:.1} s: {}/s{peak}",
+            DecimalBytes(read),
+            DecimalBytes(written),
+            self.started.elapsed().as_secs_f64(),
+            self.rate(read.max(written))
         );
     }
-}
 
-fn gigabytes(bytes: u64) -> f64 {
-    bytes as f64 / 1e9
+    /// Bytes a second since the start.
+    fn rate(&self, bytes: u64) -> DecimalBytes {
+        DecimalBytes((bytes as f64 / self.started.elapsed().as_secs_f64().max(1e-9)) as u64)
+    }
 }
 
 /// The most memory the process has held, where the system says it.

@@ -145,12 +145,6 @@ impl Source {
         &self.tensors[id.0]
     }
 
-    /// A key that orders tensors as they lie on disk.
-    pub fn position(&self, id: TensorId) -> (usize, u64) {
-        let tensor = self.tensor(id);
-        (tensor.file, tensor.offset)
-    }
-
     /// Reads a tensor's bytes from `start` on until the buffer is full.
     ///
     /// # Errors

@@ -9,13 +9,19 @@ use std::fs::{File, TryLockError};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
-use flash_moe_engine::container::MANIFEST_FILE;
+use flash_moe_engine::container::{
+    DENSE_FILE, DenseFile, ExpertFile, MANIFEST_FILE, Manifest, VERSION,
+};
+use flash_moe_engine::shape::Shape;
 use serde::{Deserialize, Serialize};
 
-use super::experts::{EXPERTS_DIR, SUMS_DIR};
+use super::dense::read_checksums;
+use super::experts::{EXPERTS_DIR, Records, SUMS_DIR};
 use super::files::{PARTIAL, make_directory, remove_partial_files, write_whole};
 use super::source::FileIdentity;
 
+/// Path of the dense checksums within a container.
+pub const DENSE_SUMS_FILE: &str = "checksums/dense.json";
 /// Name of the record of a conversion.
 pub const RECORD_FILE: &str = "convert.json";
 
@@ -34,6 +40,18 @@ pub enum Progressed {
     Complete,
     /// Something is left to do; the directory is ours until this is dropped.
     Open(Destination),
+}
+
+/// What a manifest says about the model as a whole.
+pub struct About {
+    /// Name for people.
+    pub name: String,
+    /// What the weights came from, for people.
+    pub source: String,
+    /// The shape.
+    pub shape: Shape,
+    /// What was skipped or rounded, for people.
+    pub notes: Vec<String>,
 }
 
 /// A directory that is being written.
@@ -100,6 +118,63 @@ impl Destination {
     /// The directory.
     pub fn dir(&self) -> &Path {
         &self.dir
+    }
+
+    /// Whether the dense file was finished by an earlier run.
+    ///
+    /// # Errors
+    /// As [`Destination::is_done`]; its checksums are gone.
+    pub fn dense_done(&self, bytes: u64) -> Result<bool> {
+        let done = self.is_done(DENSE_FILE, bytes)?;
+        ensure!(
+            !done || self.dir.join(DENSE_SUMS_FILE).exists(),
+            "{DENSE_FILE} is there without {DENSE_SUMS_FILE}; delete it and run the command again"
+        );
+        Ok(done)
+    }
+
+    /// Whether a layer's file was finished by an earlier run.
+    ///
+    /// # Errors
+    /// As [`Destination::is_done`]; its checksums are gone.
+    pub fn records_done(&self, records: &Records) -> Result<bool> {
+        let done = self.is_done(&records.file(), records.bytes())?;
+        ensure!(
+            !done || self.is_done(&records.sums_file(), records.sums_bytes())?,
+            "{} is there without {}; delete it and run the command again",
+            records.file(),
+            records.sums_file()
+        );
+        Ok(done)
+    }
+
+    /// Writes the manifest, which makes the directory a container.
+    ///
+    /// # Errors
+    /// Checksums cannot be read; the disk is full or fails.
+    pub fn conclude(
+        self,
+        about: About,
+        dense_bytes: u64,
+        experts: [Vec<ExpertFile>; 2],
+    ) -> Result<()> {
+        let [experts, mtp_experts] = experts;
+        let manifest = Manifest {
+            format: "flash-moe".into(),
+            version: VERSION,
+            name: about.name,
+            source: about.source,
+            shape: about.shape,
+            dense: DenseFile {
+                file: DENSE_FILE.into(),
+                bytes: dense_bytes,
+                checksums: read_checksums(&self.dir.join(DENSE_SUMS_FILE))?,
+            },
+            experts,
+            mtp_experts,
+            notes: about.notes,
+        };
+        write_whole(&self.dir.join(MANIFEST_FILE), &serde_json::to_vec_pretty(&manifest)?)
     }
 
     /// Whether a file was finished by an earlier run.

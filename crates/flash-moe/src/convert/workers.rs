@@ -33,11 +33,6 @@ impl Workers {
         Ok(Self { pool })
     }
 
-    /// Number of threads.
-    pub fn threads(&self) -> usize {
-        self.pool.current_num_threads()
-    }
-
     /// Runs `job(0..count)`, each thread with a scratch of its own.
     ///
     /// # Errors
@@ -99,7 +94,9 @@ mod tests {
 
     #[test]
     fn threads_are_bounded_by_the_memory_that_they_need() {
-        assert_eq!(Workers::new(Some(64), BUFFER_BYTES / 2).unwrap().threads(), 2);
-        assert_eq!(Workers::new(Some(64), BUFFER_BYTES * 2).unwrap().threads(), 1);
+        for (bytes, threads) in [(BUFFER_BYTES / 2, 2), (BUFFER_BYTES * 2, 1)] {
+            let workers = Workers::new(Some(64), bytes).unwrap();
+            assert_eq!(workers.pool.current_num_threads(), threads);
+        }
     }
 }

@@ -39,7 +39,10 @@ impl Home {
     pub fn command(&self, args: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_flash-moe"));
         command.args(args).env("HOME", self.dir.path()).env_remove("XDG_CACHE_HOME");
-        command.env_remove("FLASH_MOE_CACHE").env("NO_COLOR", "1").stdin(std::process::Stdio::null());
+        command
+            .env_remove("FLASH_MOE_CACHE")
+            .env("NO_COLOR", "1")
+            .stdin(std::process::Stdio::null());
         command
     }
 
@@ -103,13 +106,19 @@ impl TraceFile {
     /// Shape and values of an f32 array.
     pub fn floats(&self, name: &str) -> (Vec<usize>, Vec<f32>) {
         let (shape, data) = self.array(name, Dtype::F32);
-        (shape, data.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect())
+        (
+            shape,
+            data.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect(),
+        )
     }
 
     /// Shape and values of an i32 array.
     pub fn ids(&self, name: &str) -> (Vec<usize>, Vec<u32>) {
         let (shape, data) = self.array(name, Dtype::I32);
-        (shape, data.chunks_exact(4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect())
+        (
+            shape,
+            data.chunks_exact(4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect(),
+        )
     }
 
     /// Names of all arrays.
