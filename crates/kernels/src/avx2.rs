@@ -1,9 +1,9 @@
 //! The operations on 8 lanes, for x86-64 with AVX2, FMA and F16C.
 //!
 //! Owns the primitives of these registers; `lanes.rs` makes the operations of them. The one idea of
-//! `unpack`: eight elements of any width lie in at most eight bytes, so one broadcast word and one
-//! byte shuffle bring to each lane the two bytes that its element may straddle. The element stays
-//! where it lies in them; each lane's shift is the same in every step, and is undone once a row.
+//! `unpack`: one load broadcasts eight or sixteen bytes, and one byte shuffle brings to each lane
+//! the two bytes of them that its element may straddle. The element stays where it lies in them;
+//! each lane's shift is the same in every step, and is undone once a row.
 
 #![allow(unsafe_code, reason = "loads and stores through the pointers of array references")]
 
@@ -166,15 +166,21 @@ fn unpack<const BITS: usize>(packed: &[u8]) -> [Lanes; 4] {
 #[target_feature(enable = "avx2,f16c,fma")]
 fn unpack_quarter<const BITS: usize, const QUARTER: usize>(packed: &[u8]) -> Lanes {
     assert!(packed.len() == 4 * BITS);
-    // Eight bytes that hold the quarter and do not reach beyond the step.
-    let start = const { word_start(BITS, QUARTER) };
-    // SAFETY: `start + 8` is at most `4 * BITS`, the length asserted above.
-    let word = unsafe { packed.as_ptr().add(start).cast::<i64>().read_unaligned() };
     if BITS == 8 {
-        return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(word)));
+        let bytes = packed[8 * QUARTER..].as_ptr();
+        // SAFETY: of the 32 bytes asserted above, at least 8 follow the start of a quarter.
+        let bytes = unsafe { _mm_loadl_epi64(bytes.cast()) };
+        return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes));
     }
-    let windows = integers(const { &windows(BITS, QUARTER) });
-    let pairs = _mm256_shuffle_epi8(_mm256_set1_epi64x(word), windows);
+    let start = packed[const { word_start(BITS, QUARTER) }..].as_ptr();
+    let words = if const { word_bytes(BITS) == 8 } {
+        // SAFETY: `word_start` is at least 8 before the length asserted above.
+        _mm256_set1_epi64x(unsafe { start.cast::<i64>().read_unaligned() })
+    } else {
+        // SAFETY: `word_start` is at least 16 before the length asserted above.
+        _mm256_broadcastsi128_si256(unsafe { _mm_loadu_si128(start.cast()) })
+    };
+    let pairs = _mm256_shuffle_epi8(words, integers(const { &windows(BITS, QUARTER) }));
     let shifted = _mm256_and_si256(pairs, integers(const { &masks(BITS) }));
     _mm256_cvtepi32_ps(shifted)
 }
@@ -193,10 +199,15 @@ fn integers(table: &[i32; LANES]) -> __m256i {
     unsafe { _mm256_loadu_si256(table.as_ptr().cast()) }
 }
 
-/// Where in a step of `4 * bits` bytes to read the eight bytes that hold a quarter.
+/// Bytes of the words that are read: no more than the `4 * bits` of a step.
+const fn word_bytes(bits: usize) -> usize {
+    if bits < 4 { 8 } else { 16 }
+}
+
+/// Where in a step to read the word that holds a quarter: at its start or, failing that, at its end.
+/// Two places at most, so that the parts of a step share their loads.
 const fn word_start(bits: usize, quarter: usize) -> usize {
-    let (first, last) = (quarter * bits, 4 * bits - 8);
-    if first < last { first } else { last }
+    if (quarter + 1) * bits <= word_bytes(bits) { 0 } else { 4 * bits - word_bytes(bits) }
 }
 
 /// For each lane, the byte shuffle that brings in the two bytes that its element may straddle.
@@ -204,11 +215,11 @@ const fn windows(bits: usize, quarter: usize) -> [i32; LANES] {
     let mut out = [0; LANES];
     let mut k = 0;
     while k < LANES {
-        let byte = (quarter * bits + k * bits / 8 - word_start(bits, quarter)) as u8;
+        let byte = quarter * bits + k * bits / 8 - word_start(bits, quarter);
         // An index with the top bit set brings in zero. An element that ends with the word has
         // nothing in the next byte.
-        let next = if byte < 7 { byte + 1 } else { 0x80 };
-        out[k] = i32::from_le_bytes([byte, next, 0x80, 0x80]);
+        let next = if byte + 1 < word_bytes(bits) { byte as u8 + 1 } else { 0x80 };
+        out[k] = i32::from_le_bytes([byte as u8, next, 0x80, 0x80]);
         k += 1;
     }
     out

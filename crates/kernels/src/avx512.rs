@@ -1,9 +1,9 @@
 //! The operations on 16 lanes, for x86-64 with AVX-512 F, BW, DQ and VL.
 //!
 //! Owns the primitives of these registers; `lanes.rs` makes the operations of them. The one idea of
-//! `unpack`: sixteen elements lie in eight or sixteen bytes, which one load broadcasts; a byte
-//! shuffle brings to each lane the two bytes that its element may straddle. The element stays where
-//! it lies in them; each lane's shift is the same in every step, and is undone once a row.
+//! `unpack`: one load broadcasts eight or sixteen bytes, and one byte shuffle brings to each lane
+//! the two bytes of them that its element may straddle. The element stays where it lies in them;
+//! each lane's shift is the same in every step, and is undone once a row.
 
 #![allow(unsafe_code, reason = "loads and stores through the pointers of array references")]
 
@@ -145,7 +145,6 @@ fn unpack<const BITS: usize>(packed: &[u8]) -> [Lanes; 2] {
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
 fn unpack_half<const BITS: usize, const HALF: usize>(packed: &[u8]) -> Lanes {
     assert!(packed.len() == 4 * BITS);
-    // Eight or sixteen bytes that hold the half and do not reach beyond the step.
     let start = packed[const { word_start(BITS, HALF) }..].as_ptr();
     let words = if const { word_bytes(BITS) == 8 } {
         // SAFETY: `word_start` is at least 8 before the length asserted above.
@@ -177,15 +176,15 @@ fn integers(table: &[i32; LANES]) -> __m512i {
     unsafe { _mm512_loadu_si512(table.as_ptr().cast()) }
 }
 
-/// Bytes to read for the `2 * bits` bytes of a half.
+/// Bytes of the words that are read: no more than the `4 * bits` of a step.
 const fn word_bytes(bits: usize) -> usize {
-    if bits <= 4 { 8 } else { 16 }
+    if bits < 4 { 8 } else { 16 }
 }
 
-/// Where in a step of `4 * bits` bytes to read the word that holds a half.
+/// Where in a step to read the word that holds a half: at its start or, failing that, at its end.
+/// Two places at most, so that the parts of a step share their loads.
 const fn word_start(bits: usize, half: usize) -> usize {
-    let (first, last) = (half * 2 * bits, 4 * bits - word_bytes(bits));
-    if first < last { first } else { last }
+    if (half + 1) * 2 * bits <= word_bytes(bits) { 0 } else { 4 * bits - word_bytes(bits) }
 }
 
 /// For each lane, the byte shuffle that brings in the two bytes that its element may straddle.
