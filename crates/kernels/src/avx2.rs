@@ -204,7 +204,7 @@ const fn word_bytes(bits: usize) -> usize {
     if bits < 4 { 8 } else { 16 }
 }
 
-/// Where in a step to read the word that holds a quarter: at its start or, failing that, at its end.
+/// Where in a step to read the word that holds a quarter: at the start or, failing that, the end.
 /// Two places at most, so that the parts of a step share their loads.
 const fn word_start(bits: usize, quarter: usize) -> usize {
     if (quarter + 1) * bits <= word_bytes(bits) { 0 } else { 4 * bits - word_bytes(bits) }

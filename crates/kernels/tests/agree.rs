@@ -373,7 +373,10 @@ proptest! {
             isa.mat_vec(&view, 0, &x, &sums, &mut y);
             for i in 0..rows {
                 let error = (f64::from(y[i]) - want[i]).abs();
-                prop_assert!(error <= f64::from(SUM) * magnitudes[i], "{:?} row {}: {} {}", isa, i, y[i], want[i]);
+                prop_assert!(
+                    error <= f64::from(SUM) * magnitudes[i],
+                    "{:?} row {}: {} for {}", isa, i, y[i], want[i]
+                );
             }
         }
     }
