@@ -153,7 +153,7 @@ impl Synthesis {
             shape: self.shape,
             notes: vec!["random weights: the text is noise and the routing near uniform".into()],
         };
-        destination.conclude(about, layout.bytes, [entries, Vec::new()])?;
+        destination.conclude(about, &layout, [entries, Vec::new()])?;
         progress.finish();
         Ok(())
     }
