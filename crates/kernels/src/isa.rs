@@ -94,9 +94,8 @@ impl Kind {
                     && is_x86_feature_detected!("f16c")
                     && is_x86_feature_detected!("fma")
             }
-            // Every AArch64 target of Rust with an operating system has NEON.
             #[cfg(target_arch = "aarch64")]
-            Self::Neon => true,
+            Self::Neon => std::arch::is_aarch64_feature_detected!("neon"),
         }
     }
 }
@@ -113,7 +112,8 @@ macro_rules! dispatch {
             // SAFETY: an `Isa` of this kind exists only if `is_available` found its features.
             Kind::Avx512 => unsafe { crate::avx512::$operation($($argument),*) },
             #[cfg(target_arch = "aarch64")]
-            Kind::Neon => crate::neon::$operation($($argument),*),
+            // SAFETY: an `Isa` of this kind exists only if `is_available` found its features.
+            Kind::Neon => unsafe { crate::neon::$operation($($argument),*) },
         }
     };
 }

@@ -9,10 +9,7 @@
 //! Sums are f32. The result of one row depends only on that row and its vector, bit for bit, so
 //! callers may split rows over threads anywhere.
 
-#![cfg_attr(
-    target_arch = "x86_64",
-    allow(unsafe_code, reason = "calls of a variant whose CPU features the `Isa` has proved")
-)]
+#![allow(unsafe_code, reason = "calls of a variant whose CPU features the `Isa` has proved")]
 
 mod isa;
 

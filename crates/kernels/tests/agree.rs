@@ -280,7 +280,10 @@ fn an_absent_instruction_set_has_no_name() {
     assert_eq!(Isa::parse("avx1024"), None);
     let foreign = if cfg!(target_arch = "aarch64") { "avx2" } else { "neon" };
     assert_eq!(Isa::parse(foreign), None);
-    println!("available: {:?}", Isa::available().collect::<Vec<_>>());
+    // Otherwise the tests of this file would compare the specification with itself.
+    if cfg!(target_arch = "aarch64") {
+        assert_eq!(Isa::detect().name(), "neon");
+    }
 }
 
 proptest! {
