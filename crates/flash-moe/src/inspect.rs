@@ -7,6 +7,7 @@
 use std::collections::BTreeMap;
 
 use anyhow::Result;
+use flash_moe_engine::Lookahead;
 use flash_moe_engine::budget::Budget;
 use flash_moe_engine::container::{Container, ExpertFile, Precision};
 use flash_moe_engine::engine::Options;
@@ -121,7 +122,7 @@ impl Report {
         }
         println!();
         let line = |what: &str, bytes: u64| {
-            println!("  {what:<44}{:>12}", DecimalBytes(bytes).to_string())
+            println!("  {what:<44}{:>12}", DecimalBytes(bytes).to_string());
         };
         line("on disk", self.dense_bytes + self.expert_bytes + self.mtp_bytes);
         line("dense file", self.dense_bytes);
@@ -179,6 +180,7 @@ fn unlimited() -> Options {
         experts_per_token: None,
         prefill_chunk: 64,
         readers: 4,
+        lookahead: Lookahead::Off,
         vocabulary: None,
         other_bytes: 0,
     }

@@ -26,23 +26,23 @@ use fixture::write_checkpoint;
 use program::{Home, text};
 
 /// A scratch home with one checkpoint in `source`.
-pub struct Case {
-    pub home: Home,
+struct Case {
+    home: Home,
 }
 
 impl Case {
-    pub fn new(variant: &str) -> Self {
+    fn new(variant: &str) -> Self {
         let home = Home::new();
         write_checkpoint(variant, &home.path("source"));
         Self { home }
     }
 
-    pub fn source(&self) -> PathBuf {
+    fn source(&self) -> PathBuf {
         self.home.path("source")
     }
 
     /// Converts `source` into a directory of the home.
-    pub fn convert(&self, to: &str, flags: &[&str]) -> PathBuf {
+    fn convert(&self, to: &str, flags: &[&str]) -> PathBuf {
         let dst = self.home.path(to);
         let (source, destination) = (text(&self.source()), text(&dst));
         self.home.succeed(&[&["convert", &source, &destination], flags].concat());
@@ -50,7 +50,7 @@ impl Case {
     }
 
     /// Converts `source`, which must be refused without a container being made.
-    pub fn refuse(&self, flags: &[&str]) -> String {
+    fn refuse(&self, flags: &[&str]) -> String {
         let dst = self.home.path("refused");
         let (source, destination) = (text(&self.source()), text(&dst));
         let said = self.home.refuse(&[&["convert", &source, &destination], flags].concat());
