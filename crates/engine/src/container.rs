@@ -229,6 +229,8 @@ pub struct DenseFile {
     pub file: String,
     /// Its exact size.
     pub bytes: u64,
+    /// xxh3-64 of everything before the first tensor's bytes, in hexadecimal.
+    pub header_checksum: String,
     /// xxh3-64 of each tensor's bytes, in hexadecimal.
     pub checksums: BTreeMap<String, String>,
 }

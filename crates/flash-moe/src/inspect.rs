@@ -122,7 +122,7 @@ impl Report {
         }
         println!();
         let line = |what: &str, bytes: u64| {
-            println!("  {what:<44}{:>12}", DecimalBytes(bytes).to_string())
+            println!("  {what:<44}{:>12}", DecimalBytes(bytes).to_string());
         };
         line("on disk", self.dense_bytes + self.expert_bytes + self.mtp_bytes);
         line("dense file", self.dense_bytes);

@@ -256,6 +256,14 @@ impl Job {
 fn dense_jobs(dir: &Path, manifest: &Manifest, problems: &Problems) -> Result<Vec<Job>> {
     let opened = std::sync::Arc::new(Opened::open(dir.join(&manifest.dense.file))?);
     let (header, data_start) = read_safetensors_header(&opened.path, &opened.file)?;
+    let mut before = vec![0u8; data_start as usize];
+    opened.read(&mut before, 0)?;
+    let found = format!("{:016x}", xxh3_64(&before));
+    if found != manifest.dense.header_checksum {
+        let expected = &manifest.dense.header_checksum;
+        problems
+            .add(format!("{} header: checksum {found}, expected {expected}", manifest.dense.file));
+    }
     let end = data_start + header.data_len() as u64;
     ensure!(end == manifest.dense.bytes, "{}: damaged header", opened.path.display());
     let mut jobs = Vec::new();

@@ -18,7 +18,7 @@ use flash_moe_engine::store::read::read_exact_at;
 use safetensors::Dtype;
 use serde_json::{Value, json};
 
-use super::dense;
+use super::dense::{self, DenseLayout};
 use super::experts::{Records, record_sums, write_sums};
 use super::files::check_space;
 use super::matrix::check_finite;
@@ -103,12 +103,12 @@ impl Adoption<'_> {
             sum_layer(records, dir, &file, &workers, &progress)?;
             progress.done(&file);
         }
-        self.conclude(layout.bytes)?;
+        self.conclude(&layout)?;
         progress.finish();
         Ok(())
     }
 
-    fn conclude(self, dense_bytes: u64) -> Result<()> {
+    fn conclude(self, dense: &DenseLayout) -> Result<()> {
         let dir = self.destination.dir();
         let entry = |records: &Records| {
             records.entry(dir, packed_file(self.folder, records), records.layout.record_bytes())
@@ -120,7 +120,7 @@ impl Adoption<'_> {
             shape: self.plan.shape,
             notes: self.notes,
         };
-        self.destination.conclude(about, dense_bytes, [entries, Vec::new()])
+        self.destination.conclude(about, dense, [entries, Vec::new()])
     }
 }
 

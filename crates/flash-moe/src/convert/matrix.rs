@@ -194,7 +194,7 @@ impl Matrix {
                 let scale_start = (piece.stored.start * scale_row_bytes) as u64;
                 for (id, bytes) in [(scales, out.scales), (biases, out.biases)] {
                     source.read(id, scale_start, bytes)?;
-                    let groups = scale_row_bytes / source.tensor(id).dtype.bitsize() * 8;
+                    let groups = scale_row_bytes * 8 / source.tensor(id).dtype.bitsize();
                     check_finite(source.tensor(id).dtype, bytes, piece.row, groups)
                         .with_context(|| source.tensor(id).name.clone())?;
                 }

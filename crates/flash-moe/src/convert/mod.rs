@@ -31,6 +31,7 @@ use flash_moe_engine::shape::Shape;
 use serde_json::Value;
 
 use crate::options::convert::{Bits, ConvertArgs};
+use dense::DenseLayout;
 use plan::{ExpertLayer, Experts, Plan, Request};
 use progress::Progress;
 use scheme::Scheme;
@@ -128,7 +129,7 @@ impl Conversion<'_> {
             progress.done(&layer.records.file());
         }
         copy_small_files(src, dir)?;
-        self.conclude(layout.bytes)?;
+        self.conclude(&layout)?;
         progress.finish();
         Ok(())
     }
@@ -160,7 +161,7 @@ impl Conversion<'_> {
         }
     }
 
-    fn conclude(self, dense_bytes: u64) -> Result<()> {
+    fn conclude(self, dense: &DenseLayout) -> Result<()> {
         let dir = self.destination.dir();
         let entries = |layers: &[ExpertLayer]| {
             let entry = |layer: &ExpertLayer| {
@@ -176,7 +177,7 @@ impl Conversion<'_> {
             shape: self.plan.shape.clone(),
             notes: self.plan.notes.clone(),
         };
-        self.destination.conclude(about, dense_bytes, experts)
+        self.destination.conclude(about, dense, experts)
     }
 }
 

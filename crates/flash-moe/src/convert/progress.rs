@@ -91,14 +91,17 @@ impl Progress {
         }
         let read = self.read_bytes.load(Ordering::Relaxed);
         let written = self.written_bytes.load(Ordering::Relaxed);
+        let wrote = match written {
+            0 => String::new(),
+            bytes => format!(", wrote {}", DecimalBytes(bytes)),
+        };
         let peak = match peak_memory_bytes() {
             Some(bytes) => format!(", peak memory {}", DecimalBytes(bytes)),
             None => String::new(),
         };
         eprintln!(
-            "read {}, wrote {} in {:.1} s: {}/s{peak}",
+            "read {}{wrote} in {:.1} s: {}/s{peak}",
             DecimalBytes(read),
-            DecimalBytes(written),
             self.started.elapsed().as_secs_f64(),
             self.rate(read.max(written))
         );

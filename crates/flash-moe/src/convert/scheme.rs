@@ -31,15 +31,18 @@ pub fn scheme_of(config: &Value, source: &Source) -> Result<Scheme> {
         name.strip_suffix(".scales")
             .is_some_and(|base| source.find(&format!("{base}.biases")).is_some())
     });
-    let mlx = quantised
-        || config.get("quantization").is_some()
-        || source.names().any(|(name, id)| {
-            let tensor = source.tensor(id);
-            let conv = name.ends_with("conv1d.weight");
-            tensor.name.starts_with("language_model.model.")
-                || name.contains(".switch_mlp.")
-                || conv && tensor.shape.len() == 3 && tensor.shape[2] == 1
-        });
+    let mlx = match convolution_is_mlx(source) {
+        // It decides: MLX itself tells by it whether norms have been shifted.
+        Some(mlx) => mlx,
+        None => {
+            quantised
+                || config.get("quantization").is_some()
+                || source.names().any(|(name, id)| {
+                    name.contains(".switch_mlp.")
+                        || source.tensor(id).name.starts_with("language_model.model.")
+                })
+        }
+    };
     let maker = if mlx { "MLX" } else { "hub" };
     let precision = if fp8 {
         "FP8".into()
@@ -54,6 +57,12 @@ pub fn scheme_of(config: &Value, source: &Source) -> Result<Scheme> {
         embedding.map_or(Dtype::BF16, |id| source.tensor(id).dtype).to_string()
     };
     Ok(Scheme { mlx, quantised, description: format!("{maker} {precision}") })
+}
+
+/// Whether convolutions are stored channels last; `None` if there are none.
+fn convolution_is_mlx(source: &Source) -> Option<bool> {
+    let (_, id) = source.names().find(|(name, _)| name.ends_with(".conv1d.weight"))?;
+    Some(source.tensor(id).shape.last() == Some(&1))
 }
 
 /// Whether the configuration says FP8; an error for whatever else we cannot read.

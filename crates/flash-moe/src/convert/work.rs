@@ -14,8 +14,9 @@ use flash_moe_engine::container::{
 };
 use flash_moe_engine::shape::Shape;
 use serde::{Deserialize, Serialize};
+use xxhash_rust::xxh3::xxh3_64;
 
-use super::dense::read_checksums;
+use super::dense::{DenseLayout, read_checksums};
 use super::experts::{EXPERTS_DIR, Records, SUMS_DIR};
 use super::files::{PARTIAL, make_directory, remove_partial_files, write_whole};
 use super::source::FileIdentity;
@@ -155,7 +156,7 @@ impl Destination {
     pub fn conclude(
         self,
         about: About,
-        dense_bytes: u64,
+        dense: &DenseLayout,
         experts: [Vec<ExpertFile>; 2],
     ) -> Result<()> {
         let [experts, mtp_experts] = experts;
@@ -167,7 +168,8 @@ impl Destination {
             shape: about.shape,
             dense: DenseFile {
                 file: DENSE_FILE.into(),
-                bytes: dense_bytes,
+                bytes: dense.bytes,
+                header_checksum: format!("{:016x}", xxh3_64(dense.header())),
                 checksums: read_checksums(&self.dir.join(DENSE_SUMS_FILE))?,
             },
             experts,

@@ -16,6 +16,7 @@ use flash_moe_engine::container::{DENSE_FILE, Precision, RecordLayout, RecordMat
 use flash_moe_engine::memory::Block;
 use flash_moe_engine::shape::Shape;
 use flash_moe_kernels::f32_to_bf16;
+use serde_json::Value;
 use xxhash_rust::xxh3::Xxh3;
 
 use crate::convert::dense::{Checksums, DenseLayout};
@@ -40,8 +41,12 @@ const GROUP: u16 = 64;
 /// The directory cannot be written or holds something else; the disk is full.
 pub fn run(args: &SynthArgs) -> Result<()> {
     ensure!(args.layers != Some(0), "--layers 0: at least one layer is needed");
-    let config = models::config(&args.like, args.layers);
-    let shape = Shape::from_config(&config)?;
+    make(args, &models::config(&args.like, args.layers))
+}
+
+/// Makes a container of whatever dimensions a configuration has.
+fn make(args: &SynthArgs, config: &Value) -> Result<()> {
+    let shape = Shape::from_config(config)?;
     let record = Record { settings: settings(args, &shape), source: Vec::new() };
     let destination = match Destination::open(&args.dst, &record, Place::New)? {
         Progressed::Open(destination) => destination,
@@ -51,7 +56,7 @@ pub fn run(args: &SynthArgs) -> Result<()> {
         }
     };
     let synthesis = Synthesis::new(args, shape)?;
-    for (name, bytes) in models::small_files(&config) {
+    for (name, bytes) in models::small_files(config) {
         write_whole(&destination.dir().join(name), &bytes)?;
     }
     synthesis.write(destination, args)
@@ -153,7 +158,7 @@ impl Synthesis {
             shape: self.shape,
             notes: vec!["random weights: the text is noise and the routing near uniform".into()],
         };
-        destination.conclude(about, layout.bytes, [entries, Vec::new()])?;
+        destination.conclude(about, &layout, [entries, Vec::new()])?;
         progress.finish();
         Ok(())
     }
@@ -342,7 +347,102 @@ fn vector_value(kind: Kind, draw: &mut Draw) -> f32 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use flash_moe_kernels::bf16_to_f32;
+    use flash_moe_engine::container::Container;
+    use flash_moe_engine::store::read::read_exact_at;
+    use flash_moe_kernels::{Isa, bf16_to_f32};
+    use serde_json::json;
+    use std::path::Path;
+
+    fn tiny(dst: &Path, bits: Bits, seed: u64) -> Container {
+        let mut config = models::config("qwen3.5-35b-a3b", Some(4));
+        for (field, value) in [
+            ("hidden_size", 128),
+            ("vocab_size", 512),
+            ("num_attention_heads", 4),
+            ("head_dim", 64),
+            ("linear_num_key_heads", 2),
+            ("linear_num_value_heads", 4),
+            ("linear_key_head_dim", 64),
+            ("linear_value_head_dim", 64),
+            ("num_experts", 6),
+            ("num_experts_per_tok", 2),
+            ("moe_intermediate_size", 64),
+            ("shared_expert_intermediate_size", 64),
+        ] {
+            config[field] = json!(value);
+        }
+        let args = SynthArgs {
+            like: "qwen3.5-35b-a3b".into(),
+            dst: dst.into(),
+            layers: Some(4),
+            bits,
+            dense_bits: bits,
+            seed,
+            threads: Some(2),
+            quiet: true,
+        };
+        make(&args, &config).unwrap();
+        Container::open(dst).unwrap()
+    }
+
+    /// All records of a layer, in f32 rows of the gate matrix.
+    fn gates(container: &Container, dir: &Path, layer: usize) -> Vec<Vec<f32>> {
+        let (entry, layout) = (&container.manifest().experts[layer], &container.layouts()[layer]);
+        let file = std::fs::File::open(dir.join(&entry.file)).unwrap();
+        let mut gates = Vec::new();
+        for expert in 0..entry.experts {
+            let mut record = vec![0; entry.record_bytes];
+            read_exact_at(&file, &mut record, (expert * entry.stride_bytes) as u64).unwrap();
+            let mut row = vec![0.0; layout.gate.cols];
+            Isa::detect().unpack_row(&layout.gate.rows(&record), 3, &mut row);
+            gates.push(row);
+        }
+        gates
+    }
+
+    #[test]
+    fn a_synthetic_container_is_whole_and_its_experts_differ() {
+        for bits in [Bits::Affine(4), Bits::Affine(2), Bits::Bf16] {
+            let temp = tempfile::tempdir().unwrap();
+            let dir = temp.path().join("container");
+            let container = tiny(&dir, bits, 1);
+            for dense in inventory::trunk(container.shape()) {
+                match dense.kind {
+                    Kind::Matrix(rows, cols) | Kind::Router(rows, cols) => {
+                        container.matrix(&dense.name, rows, cols).unwrap();
+                    }
+                    Kind::Conv(n) => assert!(container.vector(&dense.name, 4 * n).is_ok()),
+                    Kind::Norm(n) | Kind::PlainNorm(n) | Kind::DecayLog(n) | Kind::TimeBias(n) => {
+                        assert!(container.vector(&dense.name, n).is_ok());
+                    }
+                }
+            }
+            let mut rows: Vec<Vec<f32>> = (0..4).flat_map(|l| gates(&container, &dir, l)).collect();
+            for row in &rows {
+                let square = row.iter().map(|v| v * v).sum::<f32>();
+                assert!((0.4..1.6).contains(&square), "{bits} bits: row of length {square}");
+            }
+            rows.sort_by(|a, b| a.partial_cmp(b).unwrap());
+            assert!(rows.windows(2).all(|pair| pair[0] != pair[1]), "{bits} bits: equal experts");
+            let verify = crate::options::convert::VerifyArgs { dir, threads: None, quiet: true };
+            crate::verify::run(&verify).unwrap();
+        }
+    }
+
+    #[test]
+    fn one_seed_gives_one_container_and_another_seed_another() {
+        let temp = tempfile::tempdir().unwrap();
+        let bytes = |name: &str, seed| {
+            let dir = temp.path().join(name);
+            tiny(&dir, Bits::Affine(4), seed);
+            let dense = std::fs::read(dir.join(DENSE_FILE)).unwrap();
+            (dense, std::fs::read(dir.join("experts/layer_02.bin")).unwrap())
+        };
+        let first = bytes("a", 1);
+        assert!(first == bytes("b", 1));
+        let other = bytes("c", 2);
+        assert!(first.0 != other.0 && first.1 != other.1);
+    }
 
     #[test]
     fn random_codes_have_mean_zero_and_the_deviation_asked_for() {
