@@ -156,7 +156,8 @@ fn tokens_of(path: &Path, model: &Model) -> Result<Vec<TokenId>> {
 
 /// Bytes of text that each token stands for.
 fn token_bytes(model: &Model, tokens: &[TokenId]) -> Vec<usize> {
-    let bytes = |&token: &TokenId| model.tokenizer.as_ref().map_or(0, |t: &Tokenizer| t.byte_count(token));
+    let bytes =
+        |&token: &TokenId| model.tokenizer.as_ref().map_or(0, |t: &Tokenizer| t.byte_count(token));
     tokens.iter().map(bytes).collect()
 }
 
@@ -289,7 +290,11 @@ fn tell(args: &EvalArgs, measured: &Measured) -> Result<()> {
         return Ok(());
     }
     let m = measured;
-    writeln!(out, "{}: {} tokens in windows of {}, {} scored", m.model, m.tokens, m.window, m.scored)?;
+    writeln!(
+        out,
+        "{}: {} tokens in windows of {}, {} scored",
+        m.model, m.tokens, m.window, m.scored
+    )?;
     writeln!(out, "perplexity     {:.4}", m.perplexity)?;
     writeln!(out, "bits per byte  {:.4}", m.bits_per_byte)?;
     if let Some(c) = &m.against {

@@ -51,7 +51,9 @@ pub fn unpacked(cache: Option<PathBuf>) -> Result<PathBuf> {
     let advice =
         format!("set {CACHE_VARIABLE} to a directory that can be written, or name a --model");
     let cache = cache.ok_or_else(|| {
-        anyhow!("no place to unpack the built-in model: this system names no cache directory; {advice}")
+        anyhow!(
+            "no place to unpack the built-in model: this system names no cache directory; {advice}"
+        )
     })?;
     unpack(&cache, &FILES).with_context(|| {
         format!("cannot unpack the built-in model into {} ({advice})", cache.display())

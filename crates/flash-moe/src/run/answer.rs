@@ -48,12 +48,7 @@ enum Decoder<'a> {
 
 impl<'a, W: Write> Answer<'a, W> {
     /// An empty text.
-    pub fn new(
-        out: W,
-        show: Show,
-        tokenizer: Option<&'a Tokenizer>,
-        stops: &'a [String],
-    ) -> Self {
+    pub fn new(out: W, show: Show, tokenizer: Option<&'a Tokenizer>, stops: &'a [String]) -> Self {
         let decoder = tokenizer.map_or(Decoder::Ids, |t| Decoder::Text(t.stream()));
         Self {
             out,
@@ -252,7 +247,10 @@ mod tests {
     #[test]
     fn text_without_stops_comes_at_once() {
         let (seen, text, stopped) = written(&["He", "llo"], &[]);
-        assert_eq!((seen, text.as_str(), stopped), (vec!["He".into(), "llo".into()], "Hello", false));
+        assert_eq!(
+            (seen, text.as_str(), stopped),
+            (vec!["He".into(), "llo".into()], "Hello", false)
+        );
     }
 
     #[test]

@@ -135,8 +135,7 @@ impl<'a> Run<'a> {
         let prefill_timing = session.timing().clone();
         session.mark("prefill");
 
-        let mut answer =
-            Answer::new(io::stdout().lock(), show(self.args), tokenizer, &length.stop);
+        let mut answer = Answer::new(io::stdout().lock(), show(self.args), tokenizer, &length.stop);
         let limits =
             Limits { eos: &self.eos, max_tokens: length.max_tokens, interrupt: &self.interrupt };
         let mut first_token = prefill_time;

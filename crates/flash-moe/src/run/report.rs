@@ -150,7 +150,8 @@ impl Counters {
 impl Report {
     /// The summary in one line.
     pub fn summary(&self) -> String {
-        let speed = |rate: Option<f64>| rate.map_or_else(String::new, |r| format!(" at {r:.1} tok/s"));
+        let speed =
+            |rate: Option<f64>| rate.map_or_else(String::new, |r| format!(" at {r:.1} tok/s"));
         let mut line = format!(
             "prompt {} tokens{}, first token after {:.2} s; generated {} tokens{}",
             self.prompt_tokens.len(),
@@ -165,6 +166,9 @@ impl Report {
         if let Some(bytes) = self.counters.decode_read_bytes_per_token {
             let percent = self.counters.decode.hit_rate * 100.0;
             line += &format!("; expert hits {percent:.1} %, {} read a token", gib(bytes as u64));
+        }
+        if self.settings.sampling["greedy"] == false {
+            line += &format!("; seed {}", self.settings.sampling["seed"]);
         }
         if let Some(bytes) = self.peak_memory_bytes {
             line += &format!("; peak memory {}", gib(bytes));
@@ -261,8 +265,7 @@ mod tests {
     use super::*;
 
     fn report() -> Report {
-        let prefill =
-            StoreCounters { hits: 1, misses: 3, read_bytes: 3 << 20, wait_ns: 1_500_000 };
+        let prefill = StoreCounters { hits: 1, misses: 3, read_bytes: 3 << 20, wait_ns: 1_500_000 };
         let end = StoreCounters { hits: 10, misses: 6, read_bytes: 6 << 20, wait_ns: 2_000_000 };
         Report {
             model: "m".into(),
