@@ -10,6 +10,7 @@ use crate::budget::Budget;
 use crate::compute::Compute;
 use crate::container::{Container, RecordLayout};
 use crate::error::{Error, Result};
+use crate::layer::lookahead::Lookahead;
 use crate::pool::Pool;
 use crate::shape::{LayerId, Shape};
 use crate::store::{ExpertStore, IoMode, StoreOptions};
@@ -34,6 +35,8 @@ pub struct Options {
     pub prefill_chunk: usize,
     /// Expert reads in flight, at least 1.
     pub readers: usize,
+    /// How the next layer's experts are guessed.
+    pub lookahead: Lookahead,
     /// Vocabulary rows that stand for a token; the padding above is masked. `None`: all.
     pub vocabulary: Option<usize>,
     /// Memory that the caller takes beside the engine (tokenizer), in bytes.

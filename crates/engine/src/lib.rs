@@ -23,6 +23,8 @@ pub mod session;
 mod compute;
 mod layer;
 
+pub use layer::lookahead::Lookahead;
+
 pub mod kv_cache;
 pub mod store;
 

@@ -15,8 +15,9 @@ use crate::kv_cache::KvCache;
 use crate::layer::attention::{AttentionInput, AttentionScratch, Rotation, attention};
 use crate::layer::delta_net::{DeltaInput, DeltaScratch, DeltaState, delta_net};
 use crate::layer::experts::{ExpertScratch, MoeInput, gated_block, mixture};
+use crate::layer::lookahead::{LookaheadScratch, NextLayer, look_ahead};
 use crate::layer::router::{Choice, Routes, route};
-use crate::shape::{LayerId, Mix, Shape, TokenId};
+use crate::shape::{ExpertId, LayerId, Mix, Shape, TokenId};
 use crate::timing::{Stage, Timing};
 use crate::trace::{Recorder, Trace, Values};
 use crate::weights::{FeedForwardWeights, MixWeights};
@@ -26,7 +27,8 @@ pub struct Session {
     engine: Arc<Engine>,
     position: usize,
     broken: bool,
-    memories: Vec<Memory>, // [layers]
+    memories: Vec<Memory>,        // [layers]
+    previous: Vec<Vec<ExpertId>>, // [layers], what the last token used
     scratch: Scratch,
     logits: Vec<f32>, // [vocab], of the last position
     timing: Timing,
@@ -70,6 +72,7 @@ impl Session {
             }
         };
         Self {
+            previous: vec![Vec::new(); shape.layers.len()],
             memories: shape.layers.iter().map(|l| memory(l.mix)).collect(),
             logits: vec![0.0; shape.vocab],
             engine: Arc::clone(engine),
@@ -276,16 +279,27 @@ impl Session {
                 let choice = Choice { top_k: engine.top_k(), renormalise: shape.moe.renormalise };
                 route(compute, &w.router, choice, x, &mut s.routes, &mut s.tmp);
                 self.timing.add(Stage::Route, started, w.router.bytes());
+                let next = next_layer(engine, layer, &self.previous, &s.h);
+                let how = (engine.options().lookahead, choice, shape.rms_eps);
+                let mut reading = |tmp: &mut Temporary| {
+                    if let Some(next) = &next {
+                        look_ahead(compute, &engine.store, how, next, &mut s.lookahead, tmp);
+                    }
+                };
                 let id = LayerId(layer as u16);
-                let input = MoeInput {
+                let mut input = MoeInput {
                     store: &engine.store,
                     layer: id,
                     layout: engine.layout(id),
                     weights: w,
                     routes: &s.routes,
                     x,
+                    reading: &mut reading,
                 };
-                mixture(compute, &input, &mut s.experts, &mut s.tmp, &mut self.timing, y)?;
+                mixture(compute, &mut input, &mut s.experts, &mut s.tmp, &mut self.timing, y)?;
+                self.previous[layer].clear();
+                let last = s.routes.experts.len() - choice.top_k;
+                self.previous[layer].extend_from_slice(&s.routes.experts[last..]);
             }
         }
         compute.isa.add(y, &mut s.h);
@@ -379,6 +393,24 @@ impl Session {
     }
 }
 
+/// The layer after `layer`, if it has experts to look ahead for.
+fn next_layer<'a>(
+    engine: &'a Engine,
+    layer: usize,
+    previous: &'a [Vec<ExpertId>],
+    h: &'a [f32],
+) -> Option<NextLayer<'a>> {
+    let next = engine.weights.layers.get(layer + 1)?;
+    let FeedForwardWeights::Experts(weights) = &next.feed_forward else { return None };
+    Some(NextLayer {
+        layer: LayerId((layer + 1) as u16),
+        norm: &next.post_norm,
+        weights,
+        previous: &previous[layer + 1],
+        h,
+    })
+}
+
 /// Buffers of the forward pass, grown to the largest chunk seen and then reused.
 #[derive(Default)]
 pub struct Scratch {
@@ -390,6 +422,7 @@ pub struct Scratch {
     delta: DeltaScratch,
     routes: Routes,
     experts: ExpertScratch,
+    lookahead: LookaheadScratch,
     tmp: Temporary,
 }
 

@@ -7,6 +7,7 @@
 use std::collections::BTreeMap;
 
 use anyhow::Result;
+use flash_moe_engine::Lookahead;
 use flash_moe_engine::budget::Budget;
 use flash_moe_engine::container::{Container, ExpertFile, Precision};
 use flash_moe_engine::engine::Options;
@@ -179,6 +180,7 @@ fn unlimited() -> Options {
         experts_per_token: None,
         prefill_chunk: 64,
         readers: 4,
+        lookahead: Lookahead::Off,
         vocabulary: None,
         other_bytes: 0,
     }

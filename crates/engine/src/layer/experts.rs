@@ -15,7 +15,7 @@ use crate::container::RecordLayout;
 use crate::error::Result;
 use crate::layer::router::Routes;
 use crate::shape::{ExpertId, LayerId, Moe};
-use crate::store::{ExpertStore, Record};
+use crate::store::{ExpertStore, Landed, Purpose, Record};
 use crate::timing::{Stage, Timing};
 use crate::weights::{GatedBlock, MoeWeights};
 
@@ -29,7 +29,7 @@ pub struct ExpertScratch {
     gates: Vec<f32>,       // [tokens], of the shared expert
     landed_at: Vec<usize>, // [top_k], place in `outputs` of each rank's expert
     by_expert: Vec<Pair>,
-    asked: Vec<ExpertId>,
+    counts: Vec<usize>, // tokens of each expert of the chunk, most first
 }
 
 /// A token that goes to an expert.
@@ -41,6 +41,17 @@ struct Pair {
 }
 
 impl ExpertScratch {
+    /// Tokens from which an expert of the sorted chunk belongs to the layer's hot set of `most`
+    /// experts: those keep their place in the pool, the others only pass through.
+    fn hot_from(&mut self, most: usize) -> usize {
+        self.counts.clear();
+        let experts = self.by_expert.chunk_by(|a, b| a.expert == b.expert);
+        self.counts.extend(experts.map(<[Pair]>::len));
+        self.counts.sort_unstable_by(|a, b| b.cmp(a));
+        // All experts that the next one in line does not equal, so that ties stay out.
+        self.counts.get(most).map_or(1, |next| next + 1)
+    }
+
     /// Floats needed for a chunk of tokens.
     pub fn floats(
         moe: &Moe,
@@ -67,6 +78,8 @@ pub struct MoeInput<'a> {
     pub routes: &'a Routes,
     /// Normed rows, `[tokens][hidden]`.
     pub x: &'a [f32],
+    /// Called for a single token once its reads are under way: the time to look ahead.
+    pub reading: &'a mut dyn FnMut(&mut Temporary),
 }
 
 /// Writes the routed and shared experts' sum of each token to `out [tokens][hidden]`.
@@ -75,7 +88,7 @@ pub struct MoeInput<'a> {
 /// A record that could not be read; `out` is then meaningless.
 pub fn mixture(
     compute: &Compute,
-    input: &MoeInput,
+    input: &mut MoeInput,
     scratch: &mut ExpertScratch,
     tmp: &mut Temporary,
     timing: &mut Timing,
@@ -105,7 +118,7 @@ pub fn gated_block(
 
 fn one_token(
     compute: &Compute,
-    input: &MoeInput,
+    input: &mut MoeInput,
     scratch: &mut ExpertScratch,
     tmp: &mut Temporary,
     timing: &mut Timing,
@@ -114,13 +127,14 @@ fn one_token(
     let hidden = out.len();
     let top_k = input.routes.experts.len();
     let mut fetch = input.store.fetch(input.layer, &input.routes.experts);
+    (input.reading)(tmp);
     shared(compute, input, scratch, tmp, timing, out);
 
     compute.group_sums(input.layout.gate.precision.format(), input.x, &mut tmp.sums);
     compute.group_sums(input.layout.up.precision.format(), input.x, &mut tmp.other_sums);
     sized(&mut scratch.outputs, top_k * hidden);
     sized(&mut scratch.landed_at, top_k);
-    let mut ready = Vec::with_capacity(top_k);
+    let mut ready = Landed::new();
     let mut done = 0;
     loop {
         let started = Instant::now();
@@ -218,7 +232,15 @@ fn chunk(
     out: &mut [f32],
 ) -> Result<()> {
     sort_by_expert(input.routes, out.len() / input.layout.gate.cols, scratch);
-    let mut fetch = input.store.fetch(input.layer, &scratch.asked);
+    let hot = scratch.hot_from(input.store.slots_per_layer());
+    let counts = scratch.by_expert.chunk_by(|a, b| a.expert == b.expert);
+    let mut fetch = input.store.sweep(
+        input.layer,
+        counts.map(|pairs| {
+            let purpose = if pairs.len() >= hot { Purpose::Use } else { Purpose::Scan };
+            (pairs[0].expert, purpose)
+        }),
+    );
     shared(compute, input, scratch, tmp, timing, out);
 
     let by_expert = std::mem::take(&mut scratch.by_expert);
@@ -234,7 +256,7 @@ fn chunk(
     Ok(())
 }
 
-/// Fills `by_expert` (experts ascending, then tokens) and `asked` (distinct experts).
+/// Fills `by_expert`, experts ascending, then tokens.
 fn sort_by_expert(routes: &Routes, tokens: usize, scratch: &mut ExpertScratch) {
     let top_k = routes.experts.len() / tokens;
     scratch.by_expert.clear();
@@ -242,9 +264,6 @@ fn sort_by_expert(routes: &Routes, tokens: usize, scratch: &mut ExpertScratch) {
         scratch.by_expert.push(Pair { expert, token: (i / top_k) as u32, weight });
     }
     scratch.by_expert.sort_unstable_by_key(|pair| (pair.expert, pair.token));
-    scratch.asked.clear();
-    scratch.asked.extend(scratch.by_expert.iter().map(|pair| pair.expert));
-    scratch.asked.dedup();
 }
 
 /// Adds one expert's weighted output to each of its tokens.
@@ -285,7 +304,7 @@ mod tests {
         routes.weights = vec![0.6, 0.4, 0.9, 0.1, 0.5, 0.5];
         let mut scratch = ExpertScratch::default();
         sort_by_expert(&routes, 3, &mut scratch);
-        assert_eq!(scratch.asked, ids(&[0, 2, 5, 7]));
+        assert_eq!([scratch.hot_from(4), scratch.hot_from(2), scratch.hot_from(1)], [1, 2, 3]);
         let pairs: Vec<(u16, u32, f32)> =
             scratch.by_expert.iter().map(|p| (p.expert.0, p.token, p.weight)).collect();
         let expected =

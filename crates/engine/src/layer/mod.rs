@@ -7,5 +7,7 @@
 pub mod attention;
 pub mod delta_net;
 
-pub mod experts;
 pub mod router;
+
+pub mod experts;
+pub mod lookahead;

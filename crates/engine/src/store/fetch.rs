@@ -8,8 +8,10 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use super::slots::{Key, SlotId, SlotState};
+use super::slots::{Key, Purpose, SlotId, SlotState};
 use super::{ExpertStore, PoolState};
+use smallvec::SmallVec;
+
 use crate::error::Result;
 use crate::memory::Block;
 use crate::shape::{ExpertId, LayerId};
@@ -41,25 +43,33 @@ impl Drop for Record<'_> {
 #[derive(Clone, Copy)]
 enum Want {
     /// No slot yet.
-    Unasked(Key),
+    Unasked(Key, Purpose),
     /// Pinned; ready or being read.
     Pinned(Key, SlotId),
     /// Handed out.
     Done,
 }
 
+/// Records that are ready, each with its position in the list asked for.
+pub type Landed<'s> = SmallVec<[(usize, Record<'s>); INLINE]>;
+
 /// Experts asked for with [`ExpertStore::fetch`].
 pub struct Fetch<'s> {
     store: &'s ExpertStore,
-    wants: Vec<Want>,
+    wants: SmallVec<[Want; INLINE]>,
     /// First want that has not been handed out.
     first: usize,
 }
 
 impl<'s> Fetch<'s> {
-    pub(super) fn start(store: &'s ExpertStore, layer: LayerId, experts: &[ExpertId]) -> Self {
+    pub(super) fn start(
+        store: &'s ExpertStore,
+        layer: LayerId,
+        experts: impl Iterator<Item = (ExpertId, Purpose)>,
+    ) -> Self {
         let inner = &store.inner;
-        let wants = experts.iter().map(|&e| Want::Unasked(inner.key(layer, e))).collect();
+        let wants = experts.map(|(e, purpose)| Want::Unasked(inner.key(layer, e), purpose));
+        let wants = wants.collect();
         let mut fetch = Self { store, wants, first: 0 };
         fetch.ask(&mut inner.lock());
         fetch
@@ -70,7 +80,7 @@ impl<'s> Fetch<'s> {
     ///
     /// # Errors
     /// The first read among them that failed.
-    pub fn ready(&mut self, ready: &mut Vec<(usize, Record<'s>)>) -> Result<()> {
+    pub fn ready(&mut self, ready: &mut Landed<'s>) -> Result<()> {
         ready.clear();
         let store = self.store;
         let mut pool = store.inner.lock();
@@ -115,8 +125,8 @@ impl<'s> Fetch<'s> {
         let window = (pool.slots.count() / 2).max(1);
         let end = self.wants.len().min(self.first + window.max(MIN_WINDOW));
         for want in &mut self.wants[self.first..end] {
-            if let Want::Unasked(key) = *want {
-                match self.store.request(pool, key) {
+            if let Want::Unasked(key, purpose) = *want {
+                match self.store.request(pool, key, purpose) {
                     Some(slot) => *want = Want::Pinned(key, slot),
                     None => return,
                 }
@@ -154,6 +164,8 @@ impl<'s> Fetch<'s> {
     }
 }
 
+/// Wants that need no allocation: more than any published model chooses for a token.
+const INLINE: usize = 16;
 /// Wants asked for at once even in a tiny pool, as far as slots are free.
 const MIN_WINDOW: usize = 16;
 

@@ -11,7 +11,7 @@ mod slots;
 
 pub mod read;
 
-pub use fetch::{Fetch, Record};
+pub use fetch::{Fetch, Landed, Record};
 pub use readers::IoMode;
 
 use std::collections::HashMap;
@@ -24,6 +24,8 @@ use crate::memory::Block;
 use crate::shape::{ExpertId, LayerId};
 use readers::{Job, Readers};
 use slots::{Key, SlotId, Slots};
+
+pub use slots::{Guesses, Purpose};
 
 /// Where one layer's records lie.
 struct LayerFile {
@@ -55,6 +57,7 @@ struct PoolState {
     slots: Slots,
     blocks: Vec<Option<Arc<Block>>>, // [slots]; None before first use and while a read owns it
     slot_bytes: usize,
+    uses: Vec<u32>,                 // [keys], how often a token used the expert
     failures: HashMap<u32, String>, // by slot, until the last waiter has been told
 }
 
@@ -128,6 +131,7 @@ impl ExpertStore {
                 slots: Slots::new(slots, files.len() * experts),
                 blocks: (0..slots).map(|_| None).collect(),
                 slot_bytes,
+                uses: vec![0; files.len() * experts],
                 failures: HashMap::new(),
             }),
             files,
@@ -162,28 +166,121 @@ impl ExpertStore {
         }
     }
 
-    /// Asks for experts of one layer. Reads of those that are not in the pool start at once, as far
-    /// as slots are free.
+    /// Asks for experts of one layer that a token needs. Reads of those that are not in the pool
+    /// start at once, as far as slots are free.
     pub fn fetch(&self, layer: LayerId, experts: &[ExpertId]) -> Fetch<'_> {
+        Fetch::start(self, layer, experts.iter().map(|&e| (e, Purpose::Use)))
+    }
+
+    /// Asks for experts of one layer for a chunk of a prompt, each with its purpose: [`Purpose::Use`]
+    /// for the chunk's hot set, [`Purpose::Scan`] for the others.
+    pub fn sweep(
+        &self,
+        layer: LayerId,
+        experts: impl Iterator<Item = (ExpertId, Purpose)>,
+    ) -> Fetch<'_> {
         Fetch::start(self, layer, experts)
+    }
+
+    /// Brings experts in that may be needed soon, while nobody waits for a read.
+    ///
+    /// Guesses made earlier that have not been read by now are withdrawn.
+    pub fn guess(&self, layer: LayerId, experts: &[ExpertId]) {
+        let mut pool = self.inner.lock();
+        self.withdraw(&mut pool);
+        for &expert in experts {
+            let key = self.inner.key(layer, expert);
+            if pool.slots.holds(key) {
+                continue;
+            }
+            let Some(slot) = pool.slots.claim(key, Purpose::Guess) else { return };
+            let block = pool.take_block(slot);
+            self.readers.submit_guess(Job { key, slot, block, fleeting: true });
+        }
+    }
+
+    /// The experts in the pool with how often each was used, most used first.
+    pub fn hot_set(&self) -> Vec<(LayerId, ExpertId, u32)> {
+        let pool = self.inner.lock();
+        let place = |key: Key| {
+            let (file, expert, _) = self.inner.locate(key);
+            (file.layer, expert, pool.uses[key.0 as usize])
+        };
+        let mut hot: Vec<_> = pool.slots.residents().map(place).collect();
+        hot.sort_by_key(|&(layer, expert, uses)| (std::cmp::Reverse(uses), layer, expert));
+        hot
+    }
+
+    /// Brings a saved hot set in while nobody waits for a read, as far as the pool has room.
+    ///
+    /// Experts that this model does not have are ignored: the list is a hint from a file.
+    pub fn preload(&self, experts: impl Iterator<Item = (LayerId, ExpertId)>) {
+        let mut pool = self.inner.lock();
+        let mut room = pool.slots.count() - pool.slots.used();
+        for (layer, expert) in experts {
+            let known = matches!(self.inner.ordinals.get(usize::from(layer.0)), Some(Some(_)))
+                && usize::from(expert.0) < self.inner.experts;
+            if room == 0 {
+                return;
+            }
+            let key = if known { self.inner.key(layer, expert) } else { continue };
+            if pool.slots.holds(key) {
+                continue;
+            }
+            let Some(slot) = pool.slots.claim(key, Purpose::Guess) else { return };
+            let block = pool.take_block(slot);
+            self.readers.submit_guess(Job { key, slot, block, fleeting: false });
+            room -= 1;
+        }
+    }
+
+    /// What became of guesses so far.
+    pub fn guesses(&self) -> Guesses {
+        self.inner.lock().slots.guesses()
+    }
+
+    /// Slots that each layer would have if they were shared evenly.
+    pub fn slots_per_layer(&self) -> usize {
+        let layers = self.inner.files.len().max(1);
+        self.inner.lock().slots.count() / layers
+    }
+
+    fn withdraw(&self, pool: &mut PoolState) {
+        for job in self.readers.withdraw_guesses() {
+            if pool.slots.withdraw(job.slot) {
+                pool.blocks[job.slot.0 as usize] = Some(job.block);
+            } else {
+                self.readers.submit(job);
+            }
+        }
     }
 
     /// Pins the expert if it is here; otherwise claims a slot and queues the read.
     ///
     /// `None` when no slot can be had now.
-    fn request(&self, pool: &mut PoolState, key: Key) -> Option<SlotId> {
+    fn request(&self, pool: &mut PoolState, key: Key, purpose: Purpose) -> Option<SlotId> {
         let counters = &self.inner.counters;
-        if let Some(slot) = pool.slots.pin(key) {
+        pool.uses[key.0 as usize] += u32::from(purpose == Purpose::Use);
+        if let Some(slot) = pool.slots.pin(key, purpose) {
             counters.hits.fetch_add(1, Ordering::Relaxed);
+            if matches!(pool.slots.state(slot), slots::SlotState::Reading(_)) {
+                self.readers.promote(slot);
+            }
             return Some(slot);
         }
-        let slot = pool.slots.claim(key)?;
+        let slot = pool.slots.claim(key, purpose)?;
         counters.misses.fetch_add(1, Ordering::Relaxed);
-        let slot_bytes = pool.slot_bytes;
-        let block = pool.blocks[slot.0 as usize].take();
-        let block = block.unwrap_or_else(|| Arc::new(Block::zeroed(slot_bytes)));
-        self.readers.submit(Job { key, slot, block });
+        let block = pool.take_block(slot);
+        self.readers.submit(Job { key, slot, block, fleeting: false });
         Some(slot)
+    }
+}
+
+impl PoolState {
+    /// The block of a slot, made when the slot is used for the first time.
+    fn take_block(&mut self, slot: SlotId) -> Arc<Block> {
+        let block = self.blocks[slot.0 as usize].take();
+        block.unwrap_or_else(|| Arc::new(Block::zeroed(self.slot_bytes)))
     }
 }
 

@@ -44,6 +44,8 @@ pub(super) struct Job {
     pub key: Key,
     pub slot: SlotId,
     pub block: Arc<Block>,
+    /// Whether a guess may be withdrawn before it begins.
+    pub fleeting: bool,
 }
 
 pub(super) struct Readers {
@@ -53,9 +55,20 @@ pub(super) struct Readers {
 
 #[derive(Default)]
 struct Queue {
-    jobs: Mutex<(VecDeque<Job>, bool)>, // jobs, and whether to stop
+    jobs: Mutex<Jobs>,
     ready: Condvar,
 }
+
+#[derive(Default)]
+struct Jobs {
+    wanted: VecDeque<Job>,
+    guessed: VecDeque<Job>,
+    guesses_running: usize,
+    stop: bool,
+}
+
+/// Readers that may be busy with guesses: the others stay free for what a token waits for.
+const GUESSES_RUNNING_MAX: usize = 2;
 
 impl Readers {
     pub fn start(inner: &Arc<Inner>, threads: usize) -> Self {
@@ -69,9 +82,42 @@ impl Readers {
         Self { queue, threads }
     }
 
+    /// Queues a read that somebody waits for.
     pub fn submit(&self, job: Job) {
-        self.queue.lock().0.push_back(job);
+        self.queue.lock().wanted.push_back(job);
         self.queue.ready.notify_one();
+    }
+
+    /// Queues a read that is made only when nobody waits for another.
+    pub fn submit_guess(&self, job: Job) {
+        let mut jobs = self.queue.lock();
+        // What a token may need in a moment goes before what warms the pool up.
+        if job.fleeting {
+            let place = jobs.guessed.iter().position(|j| !j.fleeting).unwrap_or(jobs.guessed.len());
+            jobs.guessed.insert(place, job);
+        } else {
+            jobs.guessed.push_back(job);
+        }
+        drop(jobs);
+        self.queue.ready.notify_one();
+    }
+
+    /// Moves a queued guess to the reads that somebody waits for.
+    pub fn promote(&self, slot: SlotId) {
+        let mut jobs = self.queue.lock();
+        if let Some(place) = jobs.guessed.iter().position(|job| job.slot == slot) {
+            let job = jobs.guessed.remove(place).expect("the place was just found");
+            jobs.wanted.push_back(job);
+        }
+    }
+
+    /// Takes back every fleeting guess that has not begun.
+    pub fn withdraw_guesses(&self) -> VecDeque<Job> {
+        let mut jobs = self.queue.lock();
+        let guessed = std::mem::take(&mut jobs.guessed);
+        let (fleeting, kept) = guessed.into_iter().partition(|job| job.fleeting);
+        jobs.guessed = kept;
+        fleeting
     }
 }
 
@@ -79,8 +125,9 @@ impl Drop for Readers {
     fn drop(&mut self) {
         {
             let mut jobs = self.queue.lock();
-            jobs.0.clear();
-            jobs.1 = true;
+            jobs.wanted.clear();
+            jobs.guessed.clear();
+            jobs.stop = true;
         }
         self.queue.ready.notify_all();
         for thread in self.threads.drain(..) {
@@ -91,26 +138,38 @@ impl Drop for Readers {
 }
 
 impl Queue {
-    fn lock(&self) -> std::sync::MutexGuard<'_, (VecDeque<Job>, bool)> {
+    fn lock(&self) -> std::sync::MutexGuard<'_, Jobs> {
         self.jobs.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn next(&self) -> Option<Job> {
+    /// The next read, and whether it is a guess.
+    fn next(&self) -> Option<(Job, bool)> {
         let mut jobs = self.lock();
         loop {
-            if jobs.1 {
+            if jobs.stop {
                 return None;
             }
-            if let Some(job) = jobs.0.pop_front() {
-                return Some(job);
+            if let Some(job) = jobs.wanted.pop_front() {
+                return Some((job, false));
+            }
+            if jobs.guesses_running < GUESSES_RUNNING_MAX
+                && let Some(job) = jobs.guessed.pop_front()
+            {
+                jobs.guesses_running += 1;
+                return Some((job, true));
             }
             jobs = self.ready.wait(jobs).unwrap_or_else(PoisonError::into_inner);
         }
     }
+
+    fn guess_done(&self) {
+        self.lock().guesses_running -= 1;
+        self.ready.notify_one();
+    }
 }
 
 fn serve(queue: &Queue, inner: &Inner) {
-    while let Some(mut job) = queue.next() {
+    while let Some((mut job, guess)) = queue.next() {
         let (file, _, offset) = inner.locate(job.key);
         let block = Arc::get_mut(&mut job.block).expect("a slot being read is not shared");
         let buffer = &mut block.bytes_mut()[..file.read_bytes];
@@ -119,6 +178,9 @@ fn serve(queue: &Queue, inner: &Inner) {
             inner.counters.read_bytes.fetch_add(file.read_bytes as u64, Ordering::Relaxed);
         }
         inner.finish(job, outcome);
+        if guess {
+            queue.guess_done();
+        }
     }
 }
 

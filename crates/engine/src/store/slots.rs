@@ -2,7 +2,11 @@
 //!
 //! A bounded set of slots shared by all layers. A slot is empty, being read, ready, or failed; a
 //! pinned slot is in use by a fetch and is never evicted. Eviction is CLOCK: a hit sets a mark, the
-//! hand clears marks until it meets an unmarked slot that nobody holds.
+//! hand clears marks until it meets an unmarked slot that nobody holds. A scan (a prompt that passes
+//! over whole layers) recycles its own slots once the pool is full, so that it cannot wash out what
+//! decoding uses; a guess (lookahead) is counted as useful when it is asked for, as wasted when not.
+
+use std::collections::VecDeque;
 
 /// Index of a slot in the pool.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -25,11 +29,32 @@ pub enum SlotState {
     Failed(Key),
 }
 
+/// Why an expert is brought in.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Purpose {
+    /// A token needs it, and probably the next ones will.
+    Use,
+    /// A prompt passes over it once.
+    Scan,
+    /// It may be needed soon.
+    Guess,
+}
+
 #[derive(Clone, Copy)]
 struct Slot {
     state: SlotState,
     pins: u32,
     marked: bool,
+    brought: Purpose,
+}
+
+/// What became of guesses.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+pub struct Guesses {
+    /// Asked for after they were brought in or queued.
+    pub useful: u64,
+    /// Evicted or withdrawn unasked.
+    pub wasted: u64,
 }
 
 const NOWHERE: u32 = u32::MAX;
@@ -39,13 +64,39 @@ pub struct Slots {
     slots: Vec<Slot>,
     places: Vec<u32>, // [keys], slot of the expert or NOWHERE
     hand: usize,
+    scanned: VecDeque<u32>, // slots that scans brought in, oldest first; some may have moved on
+    guesses: Guesses,
 }
 
 impl Slots {
     /// `slots` empty slots for experts with keys below `keys`.
     pub fn new(slots: usize, keys: usize) -> Self {
-        let empty = Slot { state: SlotState::Empty, pins: 0, marked: false };
-        Self { slots: vec![empty; slots], places: vec![NOWHERE; keys], hand: 0 }
+        let empty = Slot { state: SlotState::Empty, pins: 0, marked: false, brought: Purpose::Use };
+        Self {
+            slots: vec![empty; slots],
+            places: vec![NOWHERE; keys],
+            hand: 0,
+            scanned: VecDeque::new(),
+            guesses: Guesses::default(),
+        }
+    }
+
+    /// What became of guesses so far.
+    pub fn guesses(&self) -> Guesses {
+        self.guesses
+    }
+
+    /// Experts that are ready, in slot order.
+    pub fn residents(&self) -> impl Iterator<Item = Key> + '_ {
+        self.slots.iter().filter_map(|slot| match slot.state {
+            SlotState::Ready(key) => Some(key),
+            _ => None,
+        })
+    }
+
+    /// Whether an expert is ready or being read.
+    pub fn holds(&self, key: Key) -> bool {
+        self.places[key.0 as usize] != NOWHERE
     }
 
     /// Number of slots.
@@ -63,24 +114,59 @@ impl Slots {
         self.slots[slot.0 as usize].state
     }
 
-    /// Finds an expert that is ready or being read, pins its slot and marks it as used.
-    pub fn pin(&mut self, key: Key) -> Option<SlotId> {
+    /// Finds an expert that is ready or being read and pins its slot.
+    ///
+    /// Only a use marks it: a scan that meets an expert says nothing about the tokens after it.
+    pub fn pin(&mut self, key: Key, purpose: Purpose) -> Option<SlotId> {
         let place = self.places[key.0 as usize];
         let slot = self.slots.get_mut(place as usize)?;
         slot.pins += 1;
-        slot.marked = true;
+        if slot.brought == Purpose::Guess {
+            self.guesses.useful += 1;
+        }
+        if purpose == Purpose::Use {
+            slot.marked = true;
+        }
+        if purpose == Purpose::Use || slot.brought == Purpose::Guess {
+            slot.brought = purpose;
+        }
         Some(SlotId(place))
     }
 
     /// Takes a slot for an expert that is about to be read, evicting if need be, and pins it.
     ///
-    /// `None` when every slot is pinned or being read.
-    pub fn claim(&mut self, key: Key) -> Option<SlotId> {
-        debug_assert_eq!(self.places[key.0 as usize], NOWHERE, "claimed only when it is not here");
-        let index = self.evict()?;
-        self.slots[index] = Slot { state: SlotState::Reading(key), pins: 1, marked: true };
+    /// A guess is not pinned. `None` when every slot is pinned or being read.
+    pub fn claim(&mut self, key: Key, purpose: Purpose) -> Option<SlotId> {
+        debug_assert!(!self.holds(key), "claimed only when it is not here");
+        let index = match purpose {
+            Purpose::Scan => self.recycle().or_else(|| self.evict())?,
+            _ => self.evict()?,
+        };
+        self.vacate(index);
+        if purpose == Purpose::Scan {
+            self.scanned.push_back(index as u32);
+        }
+        self.slots[index] = Slot {
+            state: SlotState::Reading(key),
+            pins: u32::from(purpose != Purpose::Guess),
+            marked: purpose == Purpose::Use,
+            brought: purpose,
+        };
         self.places[key.0 as usize] = index as u32;
         Some(SlotId(index as u32))
+    }
+
+    /// Withdraws a guess whose read has not begun; `false` if somebody has asked for it since.
+    pub fn withdraw(&mut self, slot: SlotId) -> bool {
+        let index = slot.0 as usize;
+        let guess = &self.slots[index];
+        let reading = matches!(guess.state, SlotState::Reading(_));
+        if !reading || guess.pins > 0 || guess.brought != Purpose::Guess {
+            return false;
+        }
+        self.vacate(index);
+        self.slots[index].state = SlotState::Empty;
+        true
     }
 
     /// The read of this slot is complete.
@@ -110,6 +196,35 @@ impl Slots {
         }
     }
 
+    /// Forgets what a slot holds.
+    fn vacate(&mut self, index: usize) {
+        let slot = self.slots[index];
+        if let SlotState::Ready(key) | SlotState::Reading(key) = slot.state {
+            self.places[key.0 as usize] = NOWHERE;
+            self.guesses.wasted += u64::from(slot.brought == Purpose::Guess);
+        }
+    }
+
+    /// The oldest slot that a scan brought in and nothing has used since, once the pool is full and
+    /// scans hold more than their share of it.
+    fn recycle(&mut self) -> Option<usize> {
+        if self.scanned.len() < (self.slots.len() / SCAN_SHARE).max(SCAN_SLOTS_MIN) {
+            return None;
+        }
+        for _ in 0..self.scanned.len() {
+            let index = self.scanned.pop_front()? as usize;
+            let slot = &self.slots[index];
+            if slot.brought != Purpose::Scan {
+                continue;
+            }
+            if slot.pins == 0 && matches!(slot.state, SlotState::Ready(_)) {
+                return Some(index);
+            }
+            self.scanned.push_back(index as u32);
+        }
+        None
+    }
+
     /// One round of the hand clears every mark, the second finds a victim if there is one.
     fn evict(&mut self) -> Option<usize> {
         for _ in 0..2 * self.slots.len() {
@@ -123,14 +238,16 @@ impl Slots {
                 slot.marked = false;
                 continue;
             }
-            if let SlotState::Ready(key) = slot.state {
-                self.places[key.0 as usize] = NOWHERE;
-            }
             return Some(index);
         }
         None
     }
 }
+
+/// A scan may fill this part of the pool (one in so many slots) before it recycles its own.
+const SCAN_SHARE: usize = 4;
+/// Slots that a scan may hold in any pool: enough to keep every reader busy.
+const SCAN_SLOTS_MIN: usize = 32;
 
 #[cfg(test)]
 mod tests {
@@ -141,10 +258,10 @@ mod tests {
     #[test]
     fn evict_never_drops_a_pinned_slot() {
         let mut slots = Slots::new(2, 10);
-        let a = slots.claim(Key(0)).unwrap();
+        let a = slots.claim(Key(0), Purpose::Use).unwrap();
         slots.landed(a);
         for key in 1..6 {
-            let b = slots.claim(Key(key)).unwrap();
+            let b = slots.claim(Key(key), Purpose::Use).unwrap();
             assert_ne!(a, b);
             slots.landed(b);
             slots.unpin(b);
@@ -155,45 +272,91 @@ mod tests {
     #[test]
     fn claim_has_no_answer_when_all_slots_are_held() {
         let mut slots = Slots::new(1, 4);
-        let a = slots.claim(Key(0)).unwrap();
-        assert_eq!(slots.claim(Key(1)), None);
+        let a = slots.claim(Key(0), Purpose::Use).unwrap();
+        assert_eq!(slots.claim(Key(1), Purpose::Use), None);
         slots.landed(a);
-        assert_eq!(slots.claim(Key(1)), None);
+        assert_eq!(slots.claim(Key(1), Purpose::Use), None);
         slots.unpin(a);
-        assert!(slots.claim(Key(1)).is_some());
+        assert!(slots.claim(Key(1), Purpose::Use).is_some());
     }
 
     #[test]
     fn a_failed_expert_is_read_again_and_its_slot_returns_after_the_last_waiter() {
         let mut slots = Slots::new(2, 4);
-        let a = slots.claim(Key(3)).unwrap();
-        assert_eq!(slots.pin(Key(3)), Some(a));
+        let a = slots.claim(Key(3), Purpose::Use).unwrap();
+        assert_eq!(slots.pin(Key(3), Purpose::Use), Some(a));
         slots.failed(a);
-        assert_eq!(slots.pin(Key(3)), None);
+        assert_eq!(slots.pin(Key(3), Purpose::Use), None);
         slots.unpin(a);
         assert_eq!(slots.state(a), SlotState::Failed(Key(3)));
         slots.unpin(a);
         assert_eq!(slots.state(a), SlotState::Empty);
-        assert!(slots.claim(Key(3)).is_some());
+        assert!(slots.claim(Key(3), Purpose::Use).is_some());
     }
 
     #[test]
     fn an_expert_used_again_outlives_one_that_was_not() {
         let mut slots = Slots::new(3, 10);
         for key in 0..3 {
-            let slot = slots.claim(Key(key)).unwrap();
+            let slot = slots.claim(Key(key), Purpose::Use).unwrap();
             slots.landed(slot);
             slots.unpin(slot);
         }
-        let evictor = slots.claim(Key(3)).unwrap(); // clears the marks, takes the first slot
+        let evictor = slots.claim(Key(3), Purpose::Use).unwrap(); // clears the marks, takes the first slot
         slots.landed(evictor);
         slots.unpin(evictor);
-        let used = slots.pin(Key(1)).unwrap();
+        let used = slots.pin(Key(1), Purpose::Use).unwrap();
         slots.unpin(used);
-        let next = slots.claim(Key(4)).unwrap();
+        let next = slots.claim(Key(4), Purpose::Use).unwrap();
         slots.unpin(next);
-        assert!(slots.pin(Key(1)).is_some(), "marked by its use");
-        assert!(slots.pin(Key(2)).is_none(), "unmarked, so evicted");
+        assert!(slots.pin(Key(1), Purpose::Use).is_some(), "marked by its use");
+        assert!(slots.pin(Key(2), Purpose::Use).is_none(), "unmarked, so evicted");
+    }
+
+    fn read(slots: &mut Slots, key: u32, purpose: Purpose) -> SlotId {
+        let slot = slots.claim(Key(key), purpose).unwrap();
+        slots.landed(slot);
+        if purpose != Purpose::Guess {
+            slots.unpin(slot);
+        }
+        slot
+    }
+
+    #[test]
+    fn a_scan_does_not_wash_out_what_is_used() {
+        let mut slots = Slots::new(200, 5000);
+        for key in 0..150 {
+            read(&mut slots, key, Purpose::Use);
+        }
+        for key in 1000..4000 {
+            read(&mut slots, key, Purpose::Scan);
+        }
+        let kept = (0..150).filter(|&key| slots.holds(Key(key))).count();
+        assert!(kept >= 140, "{kept} of 150 kept");
+    }
+
+    #[test]
+    fn guesses_are_counted_useful_when_asked_for_and_wasted_when_not() {
+        let mut slots = Slots::new(3, 10);
+        read(&mut slots, 0, Purpose::Guess);
+        read(&mut slots, 1, Purpose::Guess);
+        let used = slots.pin(Key(0), Purpose::Use).unwrap();
+        slots.unpin(used);
+        let again = slots.pin(Key(0), Purpose::Use).unwrap();
+        slots.unpin(again);
+        assert_eq!(slots.guesses(), Guesses { useful: 1, wasted: 0 });
+        let queued = slots.claim(Key(2), Purpose::Guess).unwrap();
+        assert!(slots.withdraw(queued), "nobody asked for it");
+        assert!(!slots.holds(Key(2)));
+        let asked = slots.claim(Key(3), Purpose::Guess).unwrap();
+        let waiting = slots.pin(Key(3), Purpose::Use).unwrap();
+        assert!(!slots.withdraw(asked), "somebody waits for it");
+        slots.landed(asked);
+        slots.unpin(waiting);
+        for key in 4..8 {
+            read(&mut slots, key, Purpose::Use);
+        }
+        assert_eq!(slots.guesses(), Guesses { useful: 2, wasted: 2 });
     }
 
     proptest! {
@@ -206,11 +369,11 @@ mod tests {
             for (op, k) in ops {
                 let key = Key(k);
                 match op {
-                    0 => if let Some(slot) = slots.pin(key) {
+                    0 => if let Some(slot) = slots.pin(key, Purpose::Use) {
                         let state = slots.state(slot);
                         prop_assert!(state == SlotState::Ready(key) || state == SlotState::Reading(key));
                         held.push((key, slot));
-                    } else if let Some(slot) = slots.claim(key) {
+                    } else if let Some(slot) = slots.claim(key, Purpose::Use) {
                         prop_assert!(held.iter().all(|h| h.1 != slot), "claimed a pinned slot");
                         held.push((key, slot));
                         reading.insert(k, slot);

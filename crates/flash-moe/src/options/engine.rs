@@ -7,6 +7,7 @@ use std::thread;
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
+use flash_moe_engine::Lookahead;
 use flash_moe_engine::container::Container;
 use flash_moe_engine::engine::Options;
 use flash_moe_engine::store::IoMode;
@@ -58,6 +59,11 @@ pub struct EngineArgs {
     #[arg(help_heading = "Machine")]
     pub prefill_chunk: usize,
 
+    /// How the experts of the next layer are guessed, to be read while this one computes. Never
+    /// changes the numbers.
+    #[arg(long, value_enum, default_value_t = LookaheadChoice::Off, help_heading = "Machine")]
+    pub lookahead: LookaheadChoice,
+
     /// Experts for each token, instead of the number the model was trained with. Fewer is faster
     /// and LOSSY.
     #[arg(long, value_name = "K", help_heading = "Machine")]
@@ -88,6 +94,17 @@ pub enum IoChoice {
     Direct,
     /// Through the page cache.
     Buffered,
+}
+
+/// Values of `--lookahead`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub enum LookaheadChoice {
+    /// Nothing is guessed.
+    Off,
+    /// The next layer's own router, applied to the state before this layer's experts.
+    Router,
+    /// The experts that the last token used there: the original engine's --predict.
+    Previous,
 }
 
 /// A model directory that is open, with the tokenizer where there is one.
@@ -137,6 +154,7 @@ impl EngineArgs {
             experts_per_token: self.experts_per_token,
             prefill_chunk: self.prefill_chunk,
             readers: self.readers,
+            lookahead: self.lookahead.mode(),
             vocabulary: model.tokenizer.as_ref().map(Tokenizer::count),
             other_bytes: tokenizer_bytes * TOKENIZER_FACTOR,
         })
@@ -176,6 +194,16 @@ impl IoChoice {
             Self::Auto => IoMode::Auto,
             Self::Direct => IoMode::Direct,
             Self::Buffered => IoMode::Buffered,
+        }
+    }
+}
+
+impl LookaheadChoice {
+    fn mode(self) -> Lookahead {
+        match self {
+            Self::Off => Lookahead::Off,
+            Self::Router => Lookahead::Router,
+            Self::Previous => Lookahead::Previous,
         }
     }
 }
