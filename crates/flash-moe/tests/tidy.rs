@@ -196,23 +196,41 @@ fn the_engine_and_the_kernels_neither_print_nor_exit() {
 }
 
 #[test]
-fn unsafe_code_stays_in_the_kernels_and_the_store() {
+fn unsafe_code_stays_in_the_kernels_and_the_pool() {
     every("unsafe", |file| {
-        let may =
-            file.path.starts_with("crates/kernels/") || file.path.contains("engine/src/store");
+        let may = file.path.starts_with("crates/kernels/") || file.path.ends_with("src/pool.rs");
         if may { Vec::new() } else { file.hits(&file.code, |line| has_word(line, "unsafe")) }
     });
 }
 
 #[test]
+fn every_unsafe_block_says_why_it_is_safe() {
+    every("unsafe without SAFETY in the lines above", |file| {
+        let comments: Vec<&str> = file.comments.lines().collect();
+        let blocks = (0..).zip(file.code.lines()).filter(|(_, line)| {
+            line.contains("unsafe {") || line.trim_start().starts_with("unsafe impl")
+        });
+        let bare = blocks.filter(|&(at, _)| {
+            let above = &comments[usize::saturating_sub(at, 8)..=at];
+            !above.iter().any(|comment| comment.contains("SAFETY:"))
+        });
+        bare.map(|(at, line)| format!("{}:{}: {}", file.path, at + 1, line.trim())).collect()
+    });
+}
+
+/// Whether a kernel is excused from a rule by the attribute of the lint that is its twin.
+fn is_excused(file: &Source, line: usize, lint: &str) -> bool {
+    let excuse = format!("#[expect(clippy::{lint}, reason");
+    let mut above = file.text.lines().take(line - 1).collect::<Vec<_>>().into_iter().rev();
+    let kernel = file.path.starts_with("crates/kernels/");
+    kernel && above.by_ref().take(5).any(|line| line.trim_start().starts_with(&excuse))
+}
+
+#[test]
 fn functions_have_at_most_70_lines() {
     every("longer than 70 lines (a kernel 120, with #[expect])", |file| {
-        let lines: Vec<&str> = file.text.lines().collect();
-        let long = file.functions().into_iter().filter(|function| {
-            let attributes = &lines[function.line.saturating_sub(6)..function.line];
-            let excused = file.path.starts_with("crates/kernels/")
-                && attributes.iter().any(|line| line.contains("expect(clippy::too_many_lines"));
-            function.lines > if excused { 120 } else { 70 }
+        let long = file.functions().into_iter().filter(|f| {
+            f.lines > if is_excused(file, f.line, "too_many_lines") { 120 } else { 70 }
         });
         long.map(|f| format!("{}:{}: {} has {}", file.path, f.line, f.name, f.lines)).collect()
     });
@@ -220,8 +238,10 @@ fn functions_have_at_most_70_lines() {
 
 #[test]
 fn functions_have_at_most_6_parameters() {
-    every("more than 6 parameters", |file| {
-        let many = file.functions().into_iter().filter(|function| function.parameters > 6);
+    every("more than 6 parameters (in a kernel 8, with #[expect])", |file| {
+        let many = file.functions().into_iter().filter(|f| {
+            f.parameters > if is_excused(file, f.line, "too_many_arguments") { 8 } else { 6 }
+        });
         many.map(|f| format!("{}:{}: {} has {}", file.path, f.line, f.name, f.parameters)).collect()
     });
 }
@@ -285,18 +305,18 @@ fn the_maths_is_in_the_kernels() {
 }
 
 #[test]
-fn recovering_needs_a_reason_on_the_line() {
+fn recovering_needs_a_reason() {
     const RECOVERS: [&str; 3] = ["unwrap_or_default()", ".ok();", "let _ = "];
-    every("recovers without a reason on the line", |file| {
+    every("recovers without a comment on the line or right above it", |file| {
         if !file.is_src() {
             return Vec::new();
         }
-        let reasons: Vec<bool> =
-            file.comments.lines().map(|line| !line.trim().is_empty()).collect();
-        let hits = file.code.lines().zip(&reasons).zip(file.text.lines());
-        hits.filter(|((code, reason), _)| !**reason && RECOVERS.iter().any(|r| code.contains(r)))
-            .map(|(_, text)| format!("{}: {}", file.path, text.trim()))
-            .collect()
+        let comments: Vec<bool> = file.comments.lines().map(|l| !l.trim().is_empty()).collect();
+        let hits = (0..).zip(file.code.lines()).filter(|&(at, code)| {
+            let explained = comments[at] || (at > 0 && comments[at - 1]);
+            !explained && RECOVERS.iter().any(|recover| code.contains(recover))
+        });
+        hits.map(|(at, code)| format!("{}:{}: {}", file.path, at + 1, code.trim())).collect()
     });
 }
 
