@@ -1,4 +1,7 @@
 //! Ctrl-C: the first asks for a clean end, the second ends at once.
+//!
+//! A clean end is after the token or the prompt chunk that is being computed. Nothing is half done
+//! then, so the summary still holds.
 
 use std::process;
 use std::sync::Arc;

@@ -167,6 +167,9 @@ impl Report {
             let percent = self.counters.decode.hit_rate * 100.0;
             line += &format!("; expert hits {percent:.1} %, {} read a token", gib(bytes as u64));
         }
+        if self.settings.sampling["greedy"] == false {
+            line += &format!("; seed {}", self.settings.sampling["seed"]);
+        }
         if let Some(bytes) = self.peak_memory_bytes {
             line += &format!("; peak memory {}", gib(bytes));
         }
