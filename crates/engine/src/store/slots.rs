@@ -110,6 +110,16 @@ impl Slots {
         }
     }
 
+    /// Empties every slot whose record nobody holds.
+    pub fn clear(&mut self) {
+        for slot in &mut self.slots {
+            if let (SlotState::Ready(key), 0) = (slot.state, slot.pins) {
+                self.places[key.0 as usize] = NOWHERE;
+                *slot = Slot { state: SlotState::Empty, pins: 0, marked: false };
+            }
+        }
+    }
+
     /// One round of the hand clears every mark, the second finds a victim if there is one.
     fn evict(&mut self) -> Option<usize> {
         for _ in 0..2 * self.slots.len() {
@@ -175,6 +185,21 @@ mod tests {
         slots.unpin(a);
         assert_eq!(slots.state(a), SlotState::Empty);
         assert!(slots.claim(Key(3)).is_some());
+    }
+
+    #[test]
+    fn clear_empties_what_nobody_holds_and_nothing_else() {
+        let mut slots = Slots::new(3, 4);
+        let [held, reading, idle] = [0, 1, 2].map(|key| slots.claim(Key(key)).unwrap());
+        slots.landed(held);
+        slots.landed(idle);
+        slots.unpin(reading);
+        slots.unpin(idle);
+        slots.clear();
+        assert_eq!(slots.state(held), SlotState::Ready(Key(0)));
+        assert_eq!(slots.state(reading), SlotState::Reading(Key(1)));
+        assert_eq!(slots.state(idle), SlotState::Empty);
+        assert_eq!(slots.pin(Key(2)), None);
     }
 
     #[test]
