@@ -12,6 +12,9 @@ mod tiny;
 mod eval;
 mod run;
 
+mod bench;
+mod plan;
+
 mod convert;
 mod inspect;
 mod synth;
@@ -28,6 +31,8 @@ fn main() -> ExitCode {
     let outcome = match options::Options::parse().command {
         Command::Run(args) => run::run(&args),
         Command::Eval(args) => eval::run(&args).map(success),
+        Command::Bench(args) => bench::run(&args).map(success),
+        Command::Plan(args) => plan::run(&args).map(success),
         Command::Convert(args) => convert::run(&args).map(success),
         Command::Verify(args) => verify::run(&args).map(success),
         Command::Inspect(args) => inspect::run(&args).map(success),

@@ -146,6 +146,18 @@ impl EngineArgs {
             None => 0,
         };
         Ok(Options {
+            vocabulary: model.tokenizer.as_ref().map(Tokenizer::count),
+            other_bytes: tokenizer_bytes * TOKENIZER_FACTOR,
+            ..self.machine_options(context)?
+        })
+    }
+
+    /// The engine's options for a model without a tokenizer, with `context` tokens.
+    ///
+    /// # Errors
+    /// An instruction set that this CPU does not have.
+    pub fn machine_options(&self, context: Option<usize>) -> Result<Options> {
+        Ok(Options {
             threads: self.threads.unwrap_or_else(cores),
             isa: self.isa.resolve()?,
             memory_bytes: self.memory,
@@ -209,7 +221,7 @@ impl LookaheadChoice {
 }
 
 /// Cores that this process may run on; one where the system does not say.
-fn cores() -> usize {
+pub fn cores() -> usize {
     thread::available_parallelism().map_or(1, usize::from)
 }
 

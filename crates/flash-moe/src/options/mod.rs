@@ -4,6 +4,7 @@
 
 use clap::{Parser, Subcommand};
 
+pub mod bench;
 pub mod convert;
 pub mod engine;
 pub mod eval;
@@ -31,6 +32,10 @@ pub enum Command {
     Run(Box<run::RunArgs>),
     /// Measure perplexity, or the divergence between two containers.
     Eval(Box<eval::EvalArgs>),
+    /// Measure speed beside the machine's limits.
+    Bench(Box<bench::BenchArgs>),
+    /// Estimate what this machine will do with a model.
+    Plan(Box<bench::PlanArgs>),
     /// Convert a checkpoint into a container.
     Convert(convert::ConvertArgs),
     /// Check every byte of a container.
