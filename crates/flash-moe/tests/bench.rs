@@ -3,17 +3,13 @@
 //! What must hold whatever the machine does: the sums of the stages, the counts of experts, the
 //! shape of JSON, CSV and tables, and that a wrong answer is never timed.
 
-#[allow(dead_code, reason = "the bench needs the checkpoints and not the goldens")]
-mod fixture;
-mod program;
-
-use program::{Home, text};
+use crate::program::{Home, text};
 use serde_json::Value;
 
 fn converted() -> Home {
     let home = Home::new();
     let source = home.path("source");
-    fixture::write_checkpoint("q35-r4", &source);
+    crate::fixture::write_checkpoint("q35-r4", &source);
     home.succeed(&["convert", "--bits", "4", &text(&source), &text(&home.path("container"))]);
     home
 }

@@ -4,11 +4,8 @@
 //! outputs, states, chosen experts and greedy tokens must be the reference's: for the prompt in one
 //! chunk, in two, and token by token, on every instruction set this CPU has.
 
-mod fixture;
-mod program;
-
-use fixture::{Golden, golden, write_checkpoint};
-use program::{Home, TraceFile, id_list, text};
+use crate::fixture::{Golden, golden, write_checkpoint};
+use crate::program::{Home, TraceFile, id_list, text};
 
 /// Largest difference of a logit or a state; the logits' spread is 3.
 const TOLERANCE: f32 = 2e-4;

@@ -4,12 +4,10 @@
 //! ends where it should, comes out where it should, and that every bad input is refused with a
 //! message that names what is wrong.
 
-mod program;
-
 use std::io::Write;
 use std::process::{Output, Stdio};
 
-use program::{Home, TraceFile, id_list, stderr, text};
+use crate::program::{Home, TraceFile, id_list, stderr, text};
 use serde_json::Value;
 
 const PROMPT: &str = "Tell me a story about a robot and a lost kitten.";

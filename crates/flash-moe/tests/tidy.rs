@@ -4,9 +4,7 @@
 //! source that break every rule. Each failure lists all places, so that one run shows all there is
 //! to do.
 
-mod source;
-
-use source::{Source, root, sources, word};
+use crate::source::{Source, root, sources, word};
 
 /// Fails with every place that breaks a rule.
 fn none(rule: &str, broken: impl IntoIterator<Item = String>) {

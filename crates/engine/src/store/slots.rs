@@ -307,7 +307,8 @@ mod tests {
     #[test]
     fn clear_empties_what_nobody_holds_and_nothing_else() {
         let mut slots = Slots::new(3, 4);
-        let [held, reading, idle] = [0, 1, 2].map(|key| slots.claim(Key(key), Purpose::Use).unwrap());
+        let [held, reading, idle] =
+            [0, 1, 2].map(|key| slots.claim(Key(key), Purpose::Use).unwrap());
         slots.landed(held);
         slots.landed(idle);
         slots.unpin(reading);

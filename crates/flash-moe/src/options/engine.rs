@@ -167,8 +167,8 @@ impl EngineArgs {
             prefill_chunk: self.prefill_chunk,
             readers: self.readers,
             lookahead: self.lookahead.mode(),
-            vocabulary: model.tokenizer.as_ref().map(Tokenizer::count),
-            other_bytes: tokenizer_bytes * TOKENIZER_FACTOR,
+            vocabulary: None,
+            other_bytes: 0,
         })
     }
 

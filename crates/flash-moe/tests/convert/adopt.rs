@@ -6,8 +6,8 @@ use flash_moe_engine::container::Container;
 use serde_json::{Map, Value, json};
 
 use super::Case;
-use super::program::text;
 use super::tensors::{files, read};
+use crate::program::text;
 
 /// A directory as the original's two scripts leave it, beside the container of the same checkpoint.
 struct Original {

@@ -3,8 +3,8 @@
 use serde_json::{Value, json};
 
 use super::Case;
-use super::program::text;
 use super::tensors::{Tensor, edit};
+use crate::program::text;
 
 const NAN: [u8; 2] = [0xc0, 0x7f];
 

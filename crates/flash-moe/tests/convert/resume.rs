@@ -4,8 +4,8 @@ use std::path::Path;
 use std::time::SystemTime;
 
 use super::Case;
-use super::program::{stderr, text};
 use super::tensors::files;
+use crate::program::{stderr, text};
 
 #[test]
 fn a_stopped_conversion_is_finished_without_rewriting_anything() {

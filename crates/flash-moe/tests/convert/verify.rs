@@ -6,7 +6,7 @@ use flash_moe_engine::container::Container;
 use serde_json::Value;
 
 use super::Case;
-use super::program::text;
+use crate::program::text;
 
 #[test]
 fn every_kind_of_damage_is_found_and_named() {
