@@ -292,7 +292,7 @@ pub fn quantise_row(
         let q = &mut q[..group];
         let max = largest(bits);
         for (q, &value) in q.iter_mut().zip(&*rounded) {
-            *q = round_small((value - bias) / scale).clamp(0.0, max) as u8;
+            *q = round_small(((value - bias) / scale).clamp(0.0, max));
         }
         pack(q, bits, packed);
     }
@@ -305,37 +305,46 @@ fn largest(bits: u8) -> f32 {
 
 /// Scale and bias of one group, in f32 before they are rounded.
 fn choose_affine(group: &[f32], bits: u8) -> (f32, f32) {
-    let low = group.iter().copied().fold(f32::INFINITY, f32::min);
-    let high = group.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let (low, high) = bounds(group);
     let step = ((high - low) / largest(bits)).max(1e-7);
     let (step, edge) = if low.abs() > high.abs() { (step, low) } else { (-step, high) };
     let steps = (edge / step).round_ties_even();
     if steps == 0.0 { (step, 0.0) } else { (edge / steps, edge) }
 }
 
-/// Rounds to the nearest integer, ties to even, for values below 2^22 in magnitude. Larger ones
-/// keep their sign and stay large, which is all that the clamp after it needs.
-fn round_small(value: f32) -> f32 {
-    // At this magnitude an f32 has no fraction bits, so the addition itself rounds. The library
-    // function is a call on x86-64 without SSE4.1 and keeps the loop from being vectorised.
-    const NO_FRACTION: f32 = 12_582_912.0;
-    (value + NO_FRACTION) - NO_FRACTION
+/// Smallest and largest of finite values, whole groups of 32.
+///
+/// Sixteen running bounds, because one would make each comparison wait for the one before it; the
+/// plain comparison, because `f32::min` also sorts out NaN.
+fn bounds(group: &[f32]) -> (f32, f32) {
+    const LANES: usize = 16;
+    let (mut low, mut high) = ([f32::INFINITY; LANES], [f32::NEG_INFINITY; LANES]);
+    for values in group.as_chunks::<LANES>().0 {
+        for i in 0..LANES {
+            low[i] = if values[i] < low[i] { values[i] } else { low[i] };
+            high[i] = if values[i] > high[i] { values[i] } else { high[i] };
+        }
+    }
+    let smaller = |a: f32, b: f32| if b < a { b } else { a };
+    let larger = |a: f32, b: f32| if b > a { b } else { a };
+    (low.into_iter().fold(low[0], smaller), high.into_iter().fold(high[0], larger))
 }
 
-/// Writes `q` as a little-endian bit stream. `q.len() * bits` is a multiple of 8.
+/// Rounds a value from 0 to 255 to the nearest integer, ties to even.
+fn round_small(value: f32) -> u8 {
+    // At this magnitude an f32 has no fraction bits, so the addition itself rounds, and its lowest
+    // bits are the integer. The library's rounding is a call on x86-64 without SSE4.1, and its
+    // conversion to u8 is done element by element.
+    const NO_FRACTION: f32 = 12_582_912.0;
+    (value + NO_FRACTION).to_bits() as u8
+}
+
+/// Writes `q` as a little-endian bit stream; whole eights, which fill `bits` bytes each.
 fn pack(q: &[u8], bits: u8, out: &mut [u8]) {
-    let mut pending: u32 = 0;
-    let mut pending_bits = 0;
-    let mut out = out.iter_mut();
-    for &q in q {
-        pending |= u32::from(q) << pending_bits;
-        pending_bits += u32::from(bits);
-        while pending_bits >= 8 {
-            if let Some(byte) = out.next() {
-                *byte = pending as u8;
-            }
-            pending >>= 8;
-            pending_bits -= 8;
+    for (eight, out) in q.as_chunks::<8>().0.iter().zip(out.chunks_exact_mut(usize::from(bits))) {
+        let word = eight.iter().rev().fold(0u64, |word, &q| word << bits | u64::from(q));
+        for (out, byte) in out.iter_mut().zip(word.to_le_bytes()) {
+            *out = byte;
         }
     }
 }
