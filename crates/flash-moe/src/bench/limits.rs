@@ -114,7 +114,7 @@ fn sum(words: &[u64]) -> u64 {
 ///
 /// # Errors
 /// A product that differs from the specification's.
-pub fn dots(pool: &Pool, isa: Isa, effort: Effort) -> Result<DotsRate> {
+pub fn cached_products(pool: &Pool, isa: Isa, effort: Effort) -> Result<DotsRate> {
     const COLS: usize = 512;
     const VECTORS: usize = 8;
     const ROUNDS: usize = 4000;
