@@ -283,13 +283,17 @@ fn spinner(args: &RunArgs, name: &str, budget: &Budget) -> ProgressBar {
     spinner
 }
 
+/// A bar that moves with each chunk, or a sign of life while there is only one.
 fn prefill_bar(args: &RunArgs, tokens: usize) -> ProgressBar {
     if !is_watched(args) {
         return ProgressBar::hidden();
     }
-    let style = "reading the prompt {bar:30} {pos}/{len} tokens, {per_sec}, {eta} left";
+    let style = match tokens > args.engine.prefill_chunk {
+        true => "reading the prompt {bar:30} {pos}/{len} tokens, {per_sec}, {eta} left",
+        false => "{spinner} reading the prompt, {len} tokens",
+    };
     let style = ProgressStyle::with_template(style).expect("a constant template");
     let bar = ProgressBar::new(tokens as u64).with_style(style);
-    bar.enable_steady_tick(Duration::from_millis(200));
+    bar.enable_steady_tick(Duration::from_millis(100));
     bar
 }
