@@ -21,6 +21,29 @@ const PROGRAM_BYTES: u64 = 48 << 20;
 /// Context when none is asked for, in tokens.
 const CONTEXT_DEFAULT: usize = 8192;
 
+/// What a model asks of memory, known without its weights.
+#[derive(Clone, Copy, Debug)]
+pub struct Demand<'a> {
+    /// The model's shape.
+    pub shape: &'a Shape,
+    /// Dense weights as stored.
+    pub dense_bytes: u64,
+    /// The largest record in whole pages; 0 without experts.
+    pub slot_bytes: u64,
+}
+
+impl<'a> Demand<'a> {
+    /// What a container asks for.
+    pub fn of(container: &'a Container) -> Self {
+        let widest = container.layouts().iter().map(|l| l.padded_bytes()).max();
+        Self {
+            shape: container.shape(),
+            dense_bytes: Weights::stored_bytes(container),
+            slot_bytes: widest.unwrap_or(0) as u64,
+        }
+    }
+}
+
 /// One allocation, or a group that is freed together.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Line {
@@ -56,27 +79,39 @@ impl Budget {
     /// The limit is below the floor; the context is above the model's; free memory is unknown and
     /// no limit was given.
     pub fn plan(container: &Container, options: &Options) -> Result<Self> {
-        let shape = container.shape();
+        let demand = Demand::of(container);
+        let budget = Self::sized(&demand, options)?;
+        if budget.fits() { Ok(budget) } else { Err(Error::Budget(budget.refusal(demand.shape))) }
+    }
+
+    /// As [`Budget::plan`] without refusing a limit below the floor: ask [`Budget::fits`].
+    ///
+    /// # Errors
+    /// The context is above the model's; free memory is unknown and no limit was given.
+    pub fn sized(demand: &Demand, options: &Options) -> Result<Self> {
+        let shape = demand.shape;
         let context = context(shape, options)?;
-        let records = container.manifest().experts.len() * shape.moe.experts;
+        let layers = shape.expert_layers().count();
+        let records = layers * shape.moe.experts;
         let top_k = options.experts_per_token.unwrap_or(shape.moe.top_k);
-        let widest = container.layouts().iter().map(|l| l.padded_bytes()).max();
         let mut budget = Self {
             limit: limit(options)?,
             context,
-            fixed: fixed_lines(container, options, context),
-            slot_bytes: widest.unwrap_or(0) as u64,
+            fixed: fixed_lines(demand, options, context),
+            slot_bytes: demand.slot_bytes,
             slots: 0,
-            slots_floor: top_k * container.manifest().experts.len(),
+            slots_floor: top_k * layers,
             records,
         };
         let left = budget.limit.saturating_sub(budget.fixed_bytes());
         let fitting = left.checked_div(budget.slot_bytes).unwrap_or(0) as usize;
         budget.slots = fitting.min(records);
-        if budget.limit < budget.smallest() {
-            return Err(Error::Budget(budget.refusal(shape)));
-        }
         Ok(budget)
+    }
+
+    /// Whether the limit holds at least one token's working set.
+    pub fn fits(&self) -> bool {
+        self.limit >= self.smallest()
     }
 
     /// Everything but the pool.
@@ -164,11 +199,11 @@ fn limit(options: &Options) -> Result<u64> {
     Ok(available - available / 10)
 }
 
-fn fixed_lines(container: &Container, options: &Options, context: usize) -> Vec<Line> {
-    let shape = container.shape();
+fn fixed_lines(demand: &Demand, options: &Options, context: usize) -> Vec<Line> {
+    let shape = demand.shape;
     let scratch = Scratch::bytes(shape, options, context);
     vec![
-        Line { name: "dense weights", bytes: Weights::stored_bytes(container) },
+        Line { name: "dense weights", bytes: demand.dense_bytes },
         Line { name: "KV cache", bytes: kv_bytes(shape, context) },
         Line { name: "delta-net states", bytes: delta_bytes(shape) },
         Line { name: "scratch and logits", bytes: scratch },

@@ -1,4 +1,4 @@
-//! What the machine has to give: free memory, counting the limits of a container or job.
+//! What the machine is and has to give: free memory, counting the limits of a container or job.
 //!
 //! Linux reads `/proc/meminfo` and the memory limits of every control group the process is in, both
 //! versions; other systems are asked through the `sysinfo` library. Never guesses: an unknown value
@@ -11,14 +11,42 @@ pub fn available_memory() -> Option<u64> {
     imp::available_memory()
 }
 
+/// Memory of the whole system, in bytes.
+pub fn total_memory() -> Option<u64> {
+    imp::total_memory()
+}
+
+/// The processor's name for people.
+pub fn cpu_name() -> Option<String> {
+    imp::cpu_name()
+}
+
+/// The operating system's kernel and its version, for people.
+pub fn kernel() -> Option<String> {
+    imp::kernel()
+}
+
 #[cfg(target_os = "linux")]
 mod imp {
     use std::fs::read_to_string;
     use std::path::{Path, PathBuf};
 
+    pub fn total_memory() -> Option<u64> {
+        super::meminfo(&read_to_string("/proc/meminfo").ok()?, "MemTotal:")
+    }
+
+    pub fn cpu_name() -> Option<String> {
+        super::field(&read_to_string("/proc/cpuinfo").ok()?, "model name")
+    }
+
+    pub fn kernel() -> Option<String> {
+        let release = read_to_string("/proc/sys/kernel/osrelease").ok()?;
+        Some(format!("Linux {}", release.trim()))
+    }
+
     pub fn available_memory() -> Option<u64> {
         let meminfo = read_to_string("/proc/meminfo").ok()?;
-        let system = super::meminfo_available(&meminfo)?;
+        let system = super::meminfo(&meminfo, "MemAvailable:")?;
         let groups = read_to_string("/proc/self/cgroup").unwrap_or_else(|_| String::new());
         let left = super::memory_groups(&groups)
             .into_iter()
@@ -73,6 +101,23 @@ mod imp {
 
 #[cfg(not(target_os = "linux"))]
 mod imp {
+    pub fn total_memory() -> Option<u64> {
+        let mut system = sysinfo::System::new();
+        system.refresh_memory();
+        Some(system.total_memory()).filter(|&bytes| bytes > 0)
+    }
+
+    pub fn cpu_name() -> Option<String> {
+        let mut system = sysinfo::System::new();
+        system.refresh_cpu_all();
+        let name = system.cpus().first()?.brand().trim().to_string();
+        Some(name).filter(|name| !name.is_empty())
+    }
+
+    pub fn kernel() -> Option<String> {
+        Some(format!("{} {}", sysinfo::System::name()?, sysinfo::System::kernel_version()?))
+    }
+
     pub fn available_memory() -> Option<u64> {
         let mut system = sysinfo::System::new();
         system.refresh_memory();
@@ -80,10 +125,18 @@ mod imp {
     }
 }
 
-/// `MemAvailable` of `/proc/meminfo`, in bytes.
+/// The value of the first `name : value` line of `/proc/cpuinfo`.
 #[cfg(any(target_os = "linux", test))]
-fn meminfo_available(text: &str) -> Option<u64> {
-    let line = text.lines().find(|l| l.starts_with("MemAvailable:"))?;
+fn field(text: &str, name: &str) -> Option<String> {
+    let fields = text.lines().filter_map(|line| line.split_once(':'));
+    let mut named = fields.filter(|(key, _)| key.trim() == name);
+    named.next().map(|(_, value)| value.trim().to_string())
+}
+
+/// An entry of `/proc/meminfo`, named with its colon, in bytes.
+#[cfg(any(target_os = "linux", test))]
+fn meminfo(text: &str, name: &str) -> Option<u64> {
+    let line = text.lines().find(|l| l.starts_with(name))?;
     let kib: u64 = line.split_whitespace().nth(1)?.parse().ok()?;
     Some(kib * 1024)
 }
@@ -119,8 +172,11 @@ mod tests {
 
     #[test]
     fn files_of_the_system_are_read_as_written() {
-        let meminfo = "MemTotal:  100 kB\nMemFree: 5 kB\nMemAvailable:   64 kB\n";
-        assert_eq!(meminfo_available(meminfo), Some(65_536));
+        let text = "MemTotal:  100 kB\nMemFree: 5 kB\nMemAvailable:   64 kB\n";
+        assert_eq!(meminfo(text, "MemAvailable:"), Some(65_536));
+        assert_eq!(meminfo(text, "MemTotal:"), Some(102_400));
+        let cpuinfo = "processor\t: 0\nmodel name\t: A CPU: 2 GHz\nmodel name\t: B\n";
+        assert_eq!(field(cpuinfo, "model name"), Some("A CPU: 2 GHz".to_string()));
         let groups = "9:memory:/job/7\n2:cpu,cpuacct:/x\n0::/user.slice\n";
         assert_eq!(
             memory_groups(groups),

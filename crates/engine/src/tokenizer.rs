@@ -91,6 +91,14 @@ impl Tokenizer {
         self.inner.token_to_id(text).map(TokenId)
     }
 
+    /// Bytes of text that a token stands for; of a special token, the bytes of its name.
+    pub fn byte_count(&self, token: TokenId) -> usize {
+        match self.pieces.bytes(token).len() {
+            0 => self.name(token).map_or(0, |name| name.len()),
+            bytes => bytes,
+        }
+    }
+
     /// How a token is written in the vocabulary file, for messages.
     pub fn name(&self, token: TokenId) -> Option<String> {
         self.inner.id_to_token(token.0)
@@ -258,6 +266,8 @@ mod tests {
     fn special_and_unknown_ids_decode_to_nothing_others_to_their_text() {
         let tokenizer = bytes_only();
         assert_eq!(tokenizer.decode(&ids(&[65, 256, 9999, 257, 258])), "A<think>a b");
+        let bytes = [65, 256, 9999, 258].map(|id| tokenizer.byte_count(TokenId(id)));
+        assert_eq!(bytes, [1, 5, 0, 3]);
     }
 
     #[test]

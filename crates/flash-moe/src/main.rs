@@ -1,10 +1,19 @@
 //! The `flash-moe` program: parses the command line, runs one command, prints its error.
 //!
-//! All the work is in the commands' own modules and in the engine.
+//! All the work is in the commands' own modules and in the engine. Nothing but this file prints an
+//! error, and it prints it once, with its causes, as `flash-moe: ...`; the exit status is then 1.
 
 #![forbid(unsafe_code)]
 
 mod options;
+
+mod tiny;
+
+mod eval;
+mod run;
+
+mod bench;
+mod plan;
 
 mod convert;
 mod inspect;
@@ -18,17 +27,61 @@ use clap::Parser;
 use options::Command;
 
 fn main() -> ExitCode {
+    let success = |()| ExitCode::SUCCESS;
     let outcome = match options::Options::parse().command {
-        Command::Convert(args) => convert::run(&args),
-        Command::Verify(args) => verify::run(&args),
-        Command::Synth(args) => synth::run(&args),
-        Command::Inspect(args) => inspect::run(&args),
+        Command::Run(args) => run::run(&args),
+        Command::Eval(args) => eval::run(&args).map(success),
+        Command::Bench(args) => bench::run(&args).map(success),
+        Command::Plan(args) => plan::run(&args).map(success),
+        Command::Convert(args) => convert::run(&args).map(success),
+        Command::Verify(args) => verify::run(&args).map(success),
+        Command::Inspect(args) => inspect::run(&args).map(success),
+        Command::Synth(args) => synth::run(&args).map(success),
     };
     match outcome {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
+        Err(error) if is_closed_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("flash-moe: {error:#}");
+            eprintln!("flash-moe: {}", with_causes(&error));
             ExitCode::FAILURE
         }
+    }
+}
+
+/// The error and its causes in one line, without a cause that the message before it already ends in.
+fn with_causes(error: &anyhow::Error) -> String {
+    let mut line = String::new();
+    for cause in error.chain().map(ToString::to_string) {
+        if line.is_empty() {
+            line = cause;
+        } else if !line.ends_with(&cause) {
+            line = format!("{line}: {cause}");
+        }
+    }
+    line
+}
+
+/// Whether the reader of our output went away, as `head` does: that is its right, not our error.
+fn is_closed_pipe(error: &anyhow::Error) -> bool {
+    let io = error.chain().find_map(|cause| cause.downcast_ref::<std::io::Error>());
+    io.is_some_and(|io| io.kind() == std::io::ErrorKind::BrokenPipe)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use anyhow::anyhow;
+
+    #[test]
+    fn a_cause_is_told_once() {
+        let error = anyhow!("no space left").context("a.bin: no space left").context("convert");
+        assert_eq!(with_causes(&error), "convert: a.bin: no space left");
+    }
+
+    #[test]
+    fn a_closed_pipe_is_found_below_its_context() {
+        let closed = std::io::Error::from(std::io::ErrorKind::BrokenPipe);
+        assert!(is_closed_pipe(&anyhow::Error::from(closed).context("answer")));
+        assert!(!is_closed_pipe(&anyhow!("other")));
     }
 }

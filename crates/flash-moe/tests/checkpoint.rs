@@ -11,9 +11,7 @@ use flash_moe_kernels::quantise_row;
 use safetensors::SafeTensors;
 use xxhash_rust::xxh3::Xxh3Default;
 
-mod fixture;
-
-use fixture::{Golden, VARIANTS, golden, write_checkpoint};
+use crate::fixture::{Golden, VARIANTS, golden, write_checkpoint};
 
 const NO_EXPERT: u32 = 255; // stands in the router arrays of a dense layer
 

@@ -4,10 +4,7 @@
 //! the traces of all of them are equal bit for bit. The size of a prefill chunk changes sums' order,
 //! so there only a bound holds, and it is stated here.
 
-mod fixture;
-mod program;
-
-use program::{Home, TraceFile, id_list, text};
+use crate::program::{Home, TraceFile, id_list, text};
 
 /// Largest difference of a logit between prefill chunk sizes on the tiny models.
 const CHUNK_BOUND: f32 = 1e-4;
@@ -15,7 +12,7 @@ const CHUNK_BOUND: f32 = 1e-4;
 fn converted() -> Home {
     let home = Home::new();
     let source = home.path("source");
-    fixture::write_checkpoint("q35-r4", &source);
+    crate::fixture::write_checkpoint("q35-r4", &source);
     home.succeed(&["convert", "--bits", "4", &text(&source), &text(&home.path("container"))]);
     home
 }

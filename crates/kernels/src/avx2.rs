@@ -1,8 +1,9 @@
 //! The operations on 8 lanes, for x86-64 with AVX2, FMA and F16C.
 //!
 //! Owns the primitives of these registers; `lanes.rs` makes the operations of them. The one idea of
-//! `unpack`: eight elements of any width lie in at most eight bytes, so one broadcast word and one
-//! byte shuffle bring to each lane the two bytes that its element may straddle.
+//! `unpack`: one load broadcasts eight or sixteen bytes, and one byte shuffle brings to each lane
+//! the two bytes of them that its element may straddle. The element stays where it lies in them;
+//! each lane's shift is the same in every step, and is undone once a row.
 
 #![allow(unsafe_code, reason = "loads and stores through the pointers of array references")]
 
@@ -148,41 +149,47 @@ fn widen_f32(bytes: &[u8; 4 * LANES]) -> Lanes {
     unsafe { _mm256_loadu_ps(bytes.as_ptr().cast()) }
 }
 
-/// The next 32 elements, in `4 * BITS` bytes, as f32.
+/// The next 32 elements, in `4 * BITS` bytes, as f32; `unscale` times them are the integers.
 #[inline]
 #[target_feature(enable = "avx2,f16c,fma")]
 fn unpack<const BITS: usize>(packed: &[u8]) -> [Lanes; 4] {
     [
-        unpack_quarter::<BITS>(packed, 0),
-        unpack_quarter::<BITS>(packed, 1),
-        unpack_quarter::<BITS>(packed, 2),
-        unpack_quarter::<BITS>(packed, 3),
+        unpack_quarter::<BITS, 0>(packed),
+        unpack_quarter::<BITS, 1>(packed),
+        unpack_quarter::<BITS, 2>(packed),
+        unpack_quarter::<BITS, 3>(packed),
     ]
 }
 
-/// Eight of the 32 elements: those in the `BITS` bytes from `quarter * BITS` on.
+/// Eight of the 32 elements: those in the `BITS` bytes from `QUARTER * BITS` on.
 #[inline]
 #[target_feature(enable = "avx2,f16c,fma")]
-fn unpack_quarter<const BITS: usize>(packed: &[u8], quarter: usize) -> Lanes {
+fn unpack_quarter<const BITS: usize, const QUARTER: usize>(packed: &[u8]) -> Lanes {
     assert!(packed.len() == 4 * BITS);
-    let first_byte = quarter * BITS;
     if BITS == 8 {
-        // SAFETY: the assertion found 8 bytes from `first_byte` on.
-        let bytes = unsafe { _mm_loadl_epi64(packed.as_ptr().add(first_byte).cast()) };
+        let bytes = packed[8 * QUARTER..].as_ptr();
+        // SAFETY: of the 32 bytes asserted above, at least 8 follow the start of a quarter.
+        let bytes = unsafe { _mm_loadl_epi64(bytes.cast()) };
         return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes));
     }
-    // The last words of a step end with it: eight bytes are read, no more than there are.
-    let word_start = first_byte.min(4 * BITS - 8);
-    // SAFETY: `word_start + 8` is at most the length that the assertion found.
-    let word = unsafe { packed.as_ptr().add(word_start).cast::<u64>().read_unaligned() };
-    let word = word >> (8 * (first_byte - word_start));
-    let words = _mm256_set1_epi64x(word.cast_signed());
-    let mask = _mm256_set1_epi32((1 << BITS) - 1);
-    let windows = const { &windows(BITS) };
-    let shifts = const { &shifts(BITS) };
-    let pairs = _mm256_shuffle_epi8(words, integers(windows));
-    let q = _mm256_and_si256(_mm256_srlv_epi32(pairs, integers(shifts)), mask);
-    _mm256_cvtepi32_ps(q)
+    let start = packed[const { word_start(BITS, QUARTER) }..].as_ptr();
+    let words = if const { word_bytes(BITS) == 8 } {
+        // SAFETY: `word_start` is at least 8 before the length asserted above.
+        _mm256_set1_epi64x(unsafe { start.cast::<i64>().read_unaligned() })
+    } else {
+        // SAFETY: `word_start` is at least 16 before the length asserted above.
+        _mm256_broadcastsi128_si256(unsafe { _mm_loadu_si128(start.cast()) })
+    };
+    let pairs = _mm256_shuffle_epi8(words, integers(const { &windows(BITS, QUARTER) }));
+    let shifted = _mm256_and_si256(pairs, integers(const { &masks(BITS) }));
+    _mm256_cvtepi32_ps(shifted)
+}
+
+/// Undoes the shift at which `unpack` leaves each element: an exact power of two for each lane.
+#[inline]
+#[target_feature(enable = "avx2,f16c,fma")]
+fn unscale<const BITS: usize>() -> Lanes {
+    load(const { &inverse_shifts(BITS) })
 }
 
 #[inline]
@@ -192,24 +199,48 @@ fn integers(table: &[i32; LANES]) -> __m256i {
     unsafe { _mm256_loadu_si256(table.as_ptr().cast()) }
 }
 
-/// For each lane, the byte shuffle that brings in the two bytes at bit `k * bits` and two zeros.
-const fn windows(bits: usize) -> [i32; LANES] {
+/// Bytes of the words that are read: no more than the `4 * bits` of a step.
+const fn word_bytes(bits: usize) -> usize {
+    if bits < 4 { 8 } else { 16 }
+}
+
+/// Where in a step to read the word that holds a quarter: at the start or, failing that, the end.
+/// Two places at most, so that the parts of a step share their loads.
+const fn word_start(bits: usize, quarter: usize) -> usize {
+    if (quarter + 1) * bits <= word_bytes(bits) { 0 } else { 4 * bits - word_bytes(bits) }
+}
+
+/// For each lane, the byte shuffle that brings in the two bytes that its element may straddle.
+const fn windows(bits: usize, quarter: usize) -> [i32; LANES] {
     let mut out = [0; LANES];
     let mut k = 0;
     while k < LANES {
-        let byte = (k * bits / 8) as u8;
-        out[k] = i32::from_le_bytes([byte, byte + 1, 0x80, 0x80]);
+        let byte = quarter * bits + k * bits / 8 - word_start(bits, quarter);
+        // An index with the top bit set brings in zero. An element that ends with the word has
+        // nothing in the next byte.
+        let next = if byte + 1 < word_bytes(bits) { byte as u8 + 1 } else { 0x80 };
+        out[k] = i32::from_le_bytes([byte as u8, next, 0x80, 0x80]);
         k += 1;
     }
     out
 }
 
-/// For each lane, the bit at which its element starts in its first byte.
-const fn shifts(bits: usize) -> [i32; LANES] {
+/// For each lane, the bits of its element in its two bytes.
+const fn masks(bits: usize) -> [i32; LANES] {
     let mut out = [0; LANES];
     let mut k = 0;
     while k < LANES {
-        out[k] = (k * bits % 8) as i32;
+        out[k] = ((1 << bits) - 1) << (k * bits % 8);
+        k += 1;
+    }
+    out
+}
+
+const fn inverse_shifts(bits: usize) -> [f32; LANES] {
+    let mut out = [1.0; LANES];
+    let mut k = 0;
+    while k < LANES {
+        out[k] = 1.0 / (1 << (k * bits % 8)) as f32;
         k += 1;
     }
     out

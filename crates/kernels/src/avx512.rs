@@ -1,8 +1,9 @@
 //! The operations on 16 lanes, for x86-64 with AVX-512 F, BW, DQ and VL.
 //!
 //! Owns the primitives of these registers; `lanes.rs` makes the operations of them. The one idea of
-//! `unpack`: a permutation of a 16-entry table reads the low four bits of each lane and ignores the
-//! rest, so an element of up to four bits becomes an f32 without a mask and without a conversion.
+//! `unpack`: one load broadcasts eight or sixteen bytes, and one byte shuffle brings to each lane
+//! the two bytes of them that its element may straddle. The element stays where it lies in them;
+//! each lane's shift is the same in every step, and is undone once a row.
 
 #![allow(unsafe_code, reason = "loads and stores through the pointers of array references")]
 
@@ -132,57 +133,40 @@ fn widen_f32(bytes: &[u8; 4 * LANES]) -> Lanes {
     unsafe { _mm512_loadu_ps(bytes.as_ptr().cast()) }
 }
 
-/// The next 32 elements, in `4 * BITS` bytes, as f32.
+/// The next 32 elements, in `4 * BITS` bytes, as f32; `unscale` times them are the integers.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
 fn unpack<const BITS: usize>(packed: &[u8]) -> [Lanes; 2] {
-    let (low, high) = packed.split_at(2 * BITS);
-    [unpack_half::<BITS>(low), unpack_half::<BITS>(high)]
+    [unpack_half::<BITS, 0>(packed), unpack_half::<BITS, 1>(packed)]
 }
 
-/// 16 elements, in `2 * BITS` bytes.
+/// Sixteen of the 32 elements: those in the `2 * BITS` bytes from `HALF * 2 * BITS` on.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-fn unpack_half<const BITS: usize>(packed: &[u8]) -> Lanes {
-    assert!(packed.len() == 2 * BITS);
-    let start = packed.as_ptr();
-    match BITS {
-        2 => {
-            // SAFETY: the assertion found 4 bytes.
-            let word = unsafe { start.cast::<i32>().read_unaligned() };
-            let shifted = _mm512_srlv_epi32(_mm512_set1_epi32(word), integers(&TWO_BIT_SHIFTS));
-            look_up(shifted, &LOW_TWO_BITS)
+fn unpack_half<const BITS: usize, const HALF: usize>(packed: &[u8]) -> Lanes {
+    assert!(packed.len() == 4 * BITS);
+    let start = packed[const { word_start(BITS, HALF) }..].as_ptr();
+    let words = if const { word_bytes(BITS) == 8 } {
+        // SAFETY: `word_start` is at least 8 before the length asserted above.
+        _mm512_set1_epi64(unsafe { start.cast::<i64>().read_unaligned() })
+    } else {
+        // SAFETY: `word_start` is at least 16 before the length asserted above.
+        let word = unsafe { _mm_loadu_si128(start.cast()) };
+        if BITS == 8 {
+            return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(word));
         }
-        4 => {
-            // SAFETY: the assertion found 8 bytes.
-            let words = unsafe { start.cast::<i64>().read_unaligned() };
-            let words = _mm512_permutexvar_epi32(integers(&WORD_OF_8), _mm512_set1_epi64(words));
-            look_up(_mm512_srlv_epi32(words, integers(&FOUR_BIT_SHIFTS)), &LOW_FOUR_BITS)
-        }
-        8 => {
-            // SAFETY: the assertion found 16 bytes; the instruction needs no alignment.
-            let bytes = unsafe { _mm_loadu_si128(start.cast()) };
-            _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes))
-        }
-        _ => {
-            // SAFETY: the assertion found `2 * BITS` bytes and the mask reads no others.
-            let bytes = unsafe { _mm_maskz_loadu_epi8((1 << (2 * BITS)) - 1, start.cast()) };
-            // Each lane takes the two bytes that its element may straddle.
-            let windows = const { &windows(BITS) };
-            let pairs = _mm512_shuffle_epi8(_mm512_broadcast_i32x4(bytes), integers(windows));
-            let shifts = const { &table(BITS, 8) };
-            let mask = _mm512_set1_epi32((1 << BITS) - 1);
-            let q = _mm512_and_si512(_mm512_srlv_epi32(pairs, integers(shifts)), mask);
-            _mm512_cvtepi32_ps(q)
-        }
-    }
+        _mm512_broadcast_i32x4(word)
+    };
+    let pairs = _mm512_shuffle_epi8(words, integers(const { &windows(BITS, HALF) }));
+    let shifted = _mm512_and_si512(pairs, integers(const { &masks(BITS) }));
+    _mm512_cvtepi32_ps(shifted)
 }
 
-/// The table entry that the low four bits of each lane choose.
+/// Undoes the shift at which `unpack` leaves each element: an exact power of two for each lane.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn look_up(lanes: __m512i, entries: &[f32; LANES]) -> Lanes {
-    _mm512_permutexvar_ps(lanes, load(entries))
+fn unscale<const BITS: usize>() -> Lanes {
+    load(const { &inverse_shifts(BITS) })
 }
 
 #[inline]
@@ -192,41 +176,48 @@ fn integers(table: &[i32; LANES]) -> __m512i {
     unsafe { _mm512_loadu_si512(table.as_ptr().cast()) }
 }
 
-const TWO_BIT_SHIFTS: [i32; LANES] = table(2, 32);
-const FOUR_BIT_SHIFTS: [i32; LANES] = table(4, 32);
-const WORD_OF_8: [i32; LANES] = [0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1];
-const LOW_TWO_BITS: [f32; LANES] = remainders(4);
-const LOW_FOUR_BITS: [f32; LANES] = remainders(16);
+/// Bytes of the words that are read: no more than the `4 * bits` of a step.
+const fn word_bytes(bits: usize) -> usize {
+    if bits < 4 { 8 } else { 16 }
+}
 
-/// `k * step` modulo `modulus` for each lane k.
-const fn table(step: usize, modulus: usize) -> [i32; LANES] {
+/// Where in a step to read the word that holds a half: at its start or, failing that, at its end.
+/// Two places at most, so that the parts of a step share their loads.
+const fn word_start(bits: usize, half: usize) -> usize {
+    if (half + 1) * 2 * bits <= word_bytes(bits) { 0 } else { 4 * bits - word_bytes(bits) }
+}
+
+/// For each lane, the byte shuffle that brings in the two bytes that its element may straddle.
+const fn windows(bits: usize, half: usize) -> [i32; LANES] {
     let mut out = [0; LANES];
     let mut k = 0;
     while k < LANES {
-        out[k] = (k * step % modulus) as i32;
+        let byte = half * 2 * bits + k * bits / 8 - word_start(bits, half);
+        // An index with the top bit set brings in zero. An element that ends with the word has
+        // nothing in the next byte.
+        let next = if byte + 1 < word_bytes(bits) { byte as u8 + 1 } else { 0x80 };
+        out[k] = i32::from_le_bytes([byte as u8, next, 0x80, 0x80]);
         k += 1;
     }
     out
 }
 
-/// `k` modulo `modulus` for each table entry k.
-const fn remainders(modulus: usize) -> [f32; LANES] {
-    let mut out = [0.0; LANES];
+/// For each lane, the bits of its element in its two bytes.
+const fn masks(bits: usize) -> [i32; LANES] {
+    let mut out = [0; LANES];
     let mut k = 0;
     while k < LANES {
-        out[k] = (k % modulus) as f32;
+        out[k] = ((1 << bits) - 1) << (k * bits % 8);
         k += 1;
     }
     out
 }
 
-/// For each lane, the byte shuffle that brings in the two bytes at bit `k * bits` and two zeros.
-const fn windows(bits: usize) -> [i32; LANES] {
-    let mut out = [0; LANES];
+const fn inverse_shifts(bits: usize) -> [f32; LANES] {
+    let mut out = [1.0; LANES];
     let mut k = 0;
     while k < LANES {
-        let byte = k * bits / 8;
-        out[k] = i32::from_le_bytes([byte as u8, byte as u8 + 1, 0x80, 0x80]);
+        out[k] = 1.0 / (1 << (k * bits % 8)) as f32;
         k += 1;
     }
     out

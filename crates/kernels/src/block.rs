@@ -1,7 +1,7 @@
 //! The layouts of a weight matrix in memory: what a row is, how long it is, how it is quantised.
 //!
 //! Owns `Format` (the layout of a matrix), `Rows` (a matrix as three byte slices whose lengths have
-//! been checked once) and the quantiser. Refuses lengths, bit widths and groups that it cannot name.
+//! been checked once) and the quantiser. Refuses lengths, bit widths and groups it cannot name.
 //! The one idea: an affine row is a little-endian bit stream, element `k` at bits
 //! `[k * bits, (k + 1) * bits)`, and stands for `scale * q + bias` with one scale and one bias for
 //! each group of elements. The bytes need no alignment: published files start at odd offsets.
@@ -27,6 +27,15 @@ impl ScaleType {
         match self {
             Self::Bf16 | Self::F16 => 2,
             Self::F32 => 4,
+        }
+    }
+
+    /// The format of a plain row of such numbers.
+    pub(crate) const fn as_format(self) -> Format {
+        match self {
+            Self::Bf16 => Format::Bf16,
+            Self::F16 => Format::F16,
+            Self::F32 => Format::F32,
         }
     }
 }

@@ -69,11 +69,6 @@ macro_rules! operations {
             y: &mut [f32],
         ) {
             let Format::Affine { group, scales, .. } = w.format() else { return };
-            let biases = match scales {
-                ScaleType::Bf16 => Format::Bf16,
-                ScaleType::F16 => Format::F16,
-                ScaleType::F32 => Format::F32,
-            };
             for (i, y) in y.iter_mut().enumerate() {
                 let row = w.row(first_row + i);
                 let scaled = match group {
@@ -81,7 +76,7 @@ macro_rules! operations {
                     64 => affine_dot::<BITS, 64>(row, scales, x),
                     _ => affine_dot::<BITS, 128>(row, scales, x),
                 };
-                *y = scaled + plain_dot(biases, row.biases, sums);
+                *y = scaled + plain_dot(scales.as_format(), row.biases, sums);
             }
         }
 
@@ -93,22 +88,67 @@ macro_rules! operations {
             scales: ScaleType,
             x: &[f32],
         ) -> f32 {
-            let packed = row.weight.chunks_exact(GROUP * BITS / 8);
+            // Scales are widened many at a time: a broadcast from the stack then costs a load.
+            const BATCH: usize = 64;
+            let mut wide = [0.0; BATCH];
             let mut total = splat(0.0);
-            for (g, (packed, x)) in packed.zip(x.as_chunks::<GROUP>().0).enumerate() {
-                // Two chains: one would wait for the latency of each multiply-add.
-                let mut chains = [splat(0.0); 2];
-                let steps = packed.chunks_exact(4 * BITS).zip(x.as_chunks::<32>().0);
-                for (packed, x) in steps {
-                    let q = unpack::<BITS>(packed);
-                    for (i, x) in x.as_chunks::<LANES>().0.iter().enumerate() {
-                        chains[i % 2] = fma(q[i], load(x), chains[i % 2]);
-                    }
+            let packed = row.weight.chunks(BATCH * GROUP * BITS / 8);
+            let bytes = row.scales.chunks(BATCH * scales.bytes());
+            for ((packed, bytes), x) in packed.zip(bytes).zip(x.chunks(BATCH * GROUP)) {
+                let x = x.as_chunks::<GROUP>().0;
+                let wide = &mut wide[..x.len()];
+                unpack_plain(scales.as_format(), bytes, wide);
+                let groups = packed.chunks_exact(GROUP * BITS / 8).zip(x).zip(wide);
+                for ((packed, x), scale) in groups {
+                    total = fma(group_dot::<BITS, GROUP>(packed, x), splat(*scale), total);
                 }
-                let scale = splat(scale_at(scales, row.scales, g));
-                total = fma(add_lanes(chains[0], chains[1]), scale, total);
             }
-            sum_lanes(total)
+            sum_lanes(mul_lanes(total, unscale::<BITS>()))
+        }
+
+        /// Sum of `q * x` over one group, spread over the lanes and not yet unscaled.
+        #[inline]
+        #[target_feature(enable = $features)]
+        fn group_dot<const BITS: usize, const GROUP: usize>(
+            packed: &[u8],
+            x: &[f32; GROUP],
+        ) -> Lanes {
+            // Two chains: one would wait for the latency of each multiply-add.
+            let mut chains = [splat(0.0); 2];
+            let x = x.as_chunks::<32>().0;
+            for step in 0..GROUP / 32 {
+                let q = unpack::<BITS>(&packed[4 * BITS * step..][..4 * BITS]);
+                let x = x[step].as_chunks::<LANES>().0;
+                for i in 0..32 / LANES {
+                    chains[i % 2] = fma(q[i], load(&x[i]), chains[i % 2]);
+                }
+            }
+            add_lanes(chains[0], chains[1])
+        }
+
+        /// Plain floats in f32.
+        #[inline]
+        #[target_feature(enable = $features)]
+        fn unpack_plain(format: Format, bytes: &[u8], out: &mut [f32]) {
+            let (whole, rest) = out.as_chunks_mut::<LANES>();
+            let done = whole.len() * LANES;
+            macro_rules! widened {
+                ($bytes:expr, $widen:ident, $one:expr) => {{
+                    let (registers, _) = bytes.as_chunks::<{ $bytes * LANES }>();
+                    for (out, bytes) in whole.iter_mut().zip(registers) {
+                        store($widen(bytes), out);
+                    }
+                    for (k, out) in rest.iter_mut().enumerate() {
+                        *out = $one(done + k);
+                    }
+                }};
+            }
+            match format {
+                Format::Bf16 => widened!(2, widen_bf16, |k| bf16_to_f32(u16_at(bytes, k))),
+                Format::F16 => widened!(2, widen_f16, |k| f16_to_f32(u16_at(bytes, k))),
+                Format::F32 => widened!(4, widen_f32, |k| f32_at(bytes, k)),
+                Format::Affine { .. } => {}
+            }
         }
 
         /// A row of plain floats, as little-endian bytes, times `x`.
@@ -165,13 +205,7 @@ macro_rules! operations {
                 Format::Affine { group, scales, .. } => {
                     unpack_affine::<8>(bytes, usize::from(group), scales, out);
                 }
-                Format::Bf16 => crate::float::widen_bf16(bytes.weight, out),
-                Format::F16 => crate::float::widen_f16(bytes.weight, out),
-                Format::F32 => {
-                    for (k, out) in out.iter_mut().enumerate() {
-                        *out = f32_at(bytes.weight, k);
-                    }
-                }
+                plain => unpack_plain(plain, bytes.weight, out),
             }
         }
 
@@ -191,7 +225,8 @@ macro_rules! operations {
                     let q = unpack::<BITS>(packed);
                     for (q, out) in q.iter().zip(out.as_chunks_mut::<LANES>().0) {
                         // Not fused: the product is rounded, as in the specification.
-                        store(add_lanes(mul_lanes(scale, *q), bias), out);
+                        let q = mul_lanes(*q, unscale::<BITS>());
+                        store(add_lanes(mul_lanes(scale, q), bias), out);
                     }
                 }
             }

@@ -1,10 +1,10 @@
 //! CPU kernels: slices in, slices out.
 //!
 //! Owns the arithmetic of a decoder on quantised and plain weights, once as a specification
-//! (`scalar`) and once for each instruction set under the same names. Knows no model, opens nothing,
-//! spawns nothing, never allocates. The one idea: an `Isa` value is the proof that this CPU has the
-//! instructions; its methods check every length once and then call the variant, so that everything
-//! public here is safe.
+//! (`scalar`) and once for each instruction set under the same names. Knows no model, opens
+//! nothing, spawns nothing, never allocates. The one idea: an `Isa` value is the proof that this
+//! CPU has the instructions; its methods check every length once and then call the variant, so
+//! that everything public here is safe.
 //!
 //! Sums are f32. The result of one row depends only on that row and its vector, bit for bit, so
 //! callers may split rows over threads anywhere.

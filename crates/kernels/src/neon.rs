@@ -155,7 +155,7 @@ fn widen_f32(bytes: &[u8; 4 * LANES]) -> Lanes {
     vreinterpretq_f32_u8(unsafe { vld1q_u8(bytes.as_ptr()) })
 }
 
-/// The next 32 elements, in `4 * BITS` bytes, as f32.
+/// The next 32 elements, in `4 * BITS` bytes, as f32; `unscale` times them are the integers.
 #[inline]
 #[target_feature(enable = "neon")]
 fn unpack<const BITS: usize>(packed: &[u8]) -> [Lanes; 8] {
@@ -181,6 +181,13 @@ fn unpack<const BITS: usize>(packed: &[u8]) -> [Lanes; 8] {
     };
     let ([a, b, c, d], [e, f, g, h]) = (low, high);
     [a, b, c, d, e, f, g, h]
+}
+
+/// What `unpack` has left to multiply by: nothing, since its lanes are shifted already.
+#[inline]
+#[target_feature(enable = "neon")]
+fn unscale<const BITS: usize>() -> Lanes {
+    splat(1.0)
 }
 
 /// Sixteen integers as f32.

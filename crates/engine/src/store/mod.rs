@@ -9,6 +9,7 @@ mod fetch;
 mod readers;
 mod slots;
 
+pub mod measure;
 pub mod read;
 
 pub use fetch::{Fetch, Landed, Record};
@@ -153,6 +154,11 @@ impl ExpertStore {
     pub fn occupancy(&self) -> (usize, usize) {
         let pool = self.inner.lock();
         (pool.slots.count(), pool.slots.used())
+    }
+
+    /// Forgets every record that nobody holds, as if the store had just been opened.
+    pub fn forget(&self) {
+        self.inner.lock().slots.clear();
     }
 
     /// The counters so far.

@@ -220,14 +220,14 @@ pub(super) fn open_files(container: &Container, io: IoMode) -> Result<(Vec<Layer
 }
 
 /// Some file systems take the flag when opening and refuse the first read, so one page is read.
-fn direct_reads_work(path: &Path) -> bool {
+pub(super) fn direct_reads_work(path: &Path) -> bool {
     let Ok(file) = open(path, true) else { return false };
     let mut page = Block::zeroed(PAGE_BYTES);
     read_exact_at(&file, page.bytes_mut(), 0).is_ok()
 }
 
 #[cfg(any(target_os = "linux", target_os = "android", target_os = "freebsd"))]
-fn open(path: &Path, direct: bool) -> std::io::Result<File> {
+pub(super) fn open(path: &Path, direct: bool) -> std::io::Result<File> {
     use std::os::unix::fs::OpenOptionsExt;
     let mut options = OpenOptions::new();
     options.read(true);
@@ -238,7 +238,7 @@ fn open(path: &Path, direct: bool) -> std::io::Result<File> {
 }
 
 #[cfg(target_vendor = "apple")]
-fn open(path: &Path, direct: bool) -> std::io::Result<File> {
+pub(super) fn open(path: &Path, direct: bool) -> std::io::Result<File> {
     let file = OpenOptions::new().read(true).open(path)?;
     if direct {
         rustix::fs::fcntl_nocache(&file, true)?;
@@ -247,7 +247,7 @@ fn open(path: &Path, direct: bool) -> std::io::Result<File> {
 }
 
 #[cfg(windows)]
-fn open(path: &Path, direct: bool) -> std::io::Result<File> {
+pub(super) fn open(path: &Path, direct: bool) -> std::io::Result<File> {
     use std::os::windows::fs::OpenOptionsExt;
     /// FILE_FLAG_NO_BUFFERING of CreateFileW.
     const NO_BUFFERING: u32 = 0x2000_0000;
@@ -266,7 +266,7 @@ fn open(path: &Path, direct: bool) -> std::io::Result<File> {
     target_vendor = "apple",
     windows
 )))]
-fn open(path: &Path, direct: bool) -> std::io::Result<File> {
+pub(super) fn open(path: &Path, direct: bool) -> std::io::Result<File> {
     if direct {
         return Err(std::io::ErrorKind::Unsupported.into());
     }

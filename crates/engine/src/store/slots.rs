@@ -225,6 +225,16 @@ impl Slots {
         None
     }
 
+    /// Empties every slot whose record nobody holds.
+    pub fn clear(&mut self) {
+        for index in 0..self.slots.len() {
+            if let (SlotState::Ready(_), 0) = (self.slots[index].state, self.slots[index].pins) {
+                self.vacate(index);
+                self.slots[index].state = SlotState::Empty;
+            }
+        }
+    }
+
     /// One round of the hand clears every mark, the second finds a victim if there is one.
     fn evict(&mut self) -> Option<usize> {
         for _ in 0..2 * self.slots.len() {
@@ -292,6 +302,22 @@ mod tests {
         slots.unpin(a);
         assert_eq!(slots.state(a), SlotState::Empty);
         assert!(slots.claim(Key(3), Purpose::Use).is_some());
+    }
+
+    #[test]
+    fn clear_empties_what_nobody_holds_and_nothing_else() {
+        let mut slots = Slots::new(3, 4);
+        let [held, reading, idle] =
+            [0, 1, 2].map(|key| slots.claim(Key(key), Purpose::Use).unwrap());
+        slots.landed(held);
+        slots.landed(idle);
+        slots.unpin(reading);
+        slots.unpin(idle);
+        slots.clear();
+        assert_eq!(slots.state(held), SlotState::Ready(Key(0)));
+        assert_eq!(slots.state(reading), SlotState::Reading(Key(1)));
+        assert_eq!(slots.state(idle), SlotState::Empty);
+        assert_eq!(slots.pin(Key(2), Purpose::Use), None);
     }
 
     #[test]

@@ -5,7 +5,7 @@
 //! overflow. Quantised weights are random codes under one scale a matrix, written as fast as the
 //! disk takes them.
 
-mod models;
+pub mod models;
 mod noise;
 
 use std::collections::BTreeMap;
@@ -276,7 +276,7 @@ impl Item {
     }
 }
 
-fn precision(bits: Bits) -> Precision {
+pub fn precision(bits: Bits) -> Precision {
     match bits {
         Bits::Bf16 => Precision::Bf16,
         Bits::Affine(bits) => Precision::Affine { bits, group: GROUP, scales: ScaleKind::Bf16 },
@@ -284,7 +284,7 @@ fn precision(bits: Bits) -> Precision {
 }
 
 /// Routers and shared gates keep 8 bits when the rest has fewer.
-fn router_precision(bits: Bits) -> Precision {
+pub fn router_precision(bits: Bits) -> Precision {
     match bits {
         Bits::Bf16 => Precision::Bf16,
         Bits::Affine(_) => precision(Bits::Affine(8)),

@@ -1,4 +1,7 @@
 //! Adopting a directory in the original engine's layout, made here from an MLX checkpoint.
+//!
+//! The expert files must stay as they are, byte for byte, and the container must compute what the
+//! checkpoint's own conversion computes.
 
 use std::path::Path;
 
@@ -6,8 +9,8 @@ use flash_moe_engine::container::Container;
 use serde_json::{Map, Value, json};
 
 use super::Case;
-use super::program::text;
 use super::tensors::{files, read};
+use crate::program::text;
 
 /// A directory as the original's two scripts leave it, beside the container of the same checkpoint.
 struct Original {

@@ -1,10 +1,12 @@
 //! Bad input: each is refused with a message that names it, and no container appears.
+//!
+//! Every case edits one thing of a sound checkpoint, so that nothing else can be what is refused.
 
 use serde_json::{Value, json};
 
 use super::Case;
-use super::program::text;
 use super::tensors::{Tensor, edit};
+use crate::program::text;
 
 const NAN: [u8; 2] = [0xc0, 0x7f];
 

@@ -1,11 +1,13 @@
 //! Stopping and continuing: what is finished stays untouched, what is not is made again.
+//!
+//! A finished file is recognised by its inode and time of change: the same after the second run.
 
 use std::path::Path;
 use std::time::SystemTime;
 
 use super::Case;
-use super::program::{stderr, text};
 use super::tensors::files;
+use crate::program::{stderr, text};
 
 #[test]
 fn a_stopped_conversion_is_finished_without_rewriting_anything() {

@@ -1,4 +1,6 @@
 //! `verify` and `inspect` on sound and on damaged containers.
+//!
+//! Damage is one flipped bit in each kind of file; the message must name layer, expert and part.
 
 use std::path::Path;
 
@@ -6,7 +8,7 @@ use flash_moe_engine::container::Container;
 use serde_json::Value;
 
 use super::Case;
-use super::program::text;
+use crate::program::text;
 
 #[test]
 fn every_kind_of_damage_is_found_and_named() {

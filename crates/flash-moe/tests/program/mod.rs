@@ -3,8 +3,6 @@
 //! Owns the scratch home, the conversion of a tiny model, and the reading of `--json` summaries and
 //! `--trace` files. Every test of the whole program stands on these few calls.
 
-#![allow(dead_code, reason = "each test file uses its own part of this module")]
-
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 

@@ -1,4 +1,7 @@
 //! A seeded generator (splitmix64) that gives the same numbers in every language and on every CPU.
+//!
+//! Owns the numbers of the tests and of the bench. It is written out here, so that the script that
+//! makes the goldens can draw the very same rows.
 
 pub struct Random(u64);
 

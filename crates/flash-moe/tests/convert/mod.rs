@@ -3,12 +3,6 @@
 //! Everything runs the built program. What it writes is compared with the checkpoint's own bytes or
 //! with arithmetic done here, never with what the code under test says of itself.
 
-#[expect(dead_code, reason = "the checkpoints are needed here, the goldens are not")]
-#[path = "../fixture/mod.rs"]
-mod fixture;
-#[path = "../program/mod.rs"]
-mod program;
-
 mod tensors;
 
 mod carry;
@@ -22,8 +16,8 @@ mod verify;
 
 use std::path::PathBuf;
 
-use fixture::write_checkpoint;
-use program::{Home, text};
+use crate::fixture::write_checkpoint;
+use crate::program::{Home, text};
 
 /// A scratch home with one checkpoint in `source`.
 struct Case {

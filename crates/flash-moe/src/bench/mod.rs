@@ -1,0 +1,126 @@
+//! `flash-moe bench`: tokens a second beside the limits of the machine, measured in one run.
+//!
+//! The order matters: what cannot run is refused first, then the machine is measured while memory is
+//! free, then the model is opened and its answer checked. Only then does a clock run. A bench that
+//! fails its check prints no number.
+
+pub mod limits;
+pub mod work;
+
+mod check;
+mod course;
+mod prompt;
+mod walk;
+
+pub mod report;
+pub mod table;
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+use flash_moe_engine::budget::Budget;
+use flash_moe_engine::engine::{Engine, Options};
+use flash_moe_engine::machine;
+use flash_moe_engine::pool::Pool;
+use flash_moe_engine::store::measure::RecordFiles;
+
+use crate::options::bench::BenchArgs;
+use crate::options::engine::cores;
+use course::Course;
+use limits::{DEPTHS, Disk, Effort};
+use report::{Limits, Machine, Model, Report, RunReport};
+use walk::Walk;
+use work::Work;
+
+/// Runs the command.
+///
+/// # Errors
+/// What the flags, the model or the engine have to say; an answer that fails its check.
+pub fn run(args: &BenchArgs) -> Result<()> {
+    let report = measure(args)?;
+    if let Some(path) = &args.csv {
+        std::fs::write(path, report::csv(&report.runs))
+            .with_context(|| path.display().to_string())?;
+    }
+    match args.json {
+        true => println!("{}", serde_json::to_string_pretty(&report)?),
+        false => print!("{}", table::render(&report)),
+    }
+    Ok(())
+}
+
+fn measure(args: &BenchArgs) -> Result<Report> {
+    let model = args.engine.open()?;
+    let mut notes = args.engine.lossy(&model.container);
+    let course = Course::new(args, model.container.shape().max_positions)?;
+    notes.extend(course.notes.clone());
+    let mut options = args.engine.engine_options(&model, Some(course.context))?;
+    let effort = Effort::new(args.quick);
+    let mut disk = Disk::new(RecordFiles::open(&model.container, options.io)?);
+    // The disk is measured beside the loaded model, with as many buffers as reads in flight.
+    let depths = *DEPTHS.iter().max().expect("some depths");
+    options.other_bytes += (depths * disk.record_bytes()) as u64;
+    let budget = Budget::plan(&model.container, &options)?;
+
+    let pool = Pool::new(options.threads);
+    let memory = limits::memory(&pool, budget.limit, effort)?;
+    let dots = limits::cached_products(&pool, options.isa, effort)?;
+    drop(pool);
+    let rates = disk.sweep(effort)?;
+    let depth = Limits::best_disk(&rates).map_or(1, |(_, depth)| depth);
+    let limits = Limits::new(memory, dots, &rates, disk.is_direct());
+
+    let started = Instant::now();
+    let engine = Arc::new(Engine::open(model.container, &options)?);
+    let open_seconds = started.elapsed().as_secs_f64();
+    let prompt = prompt::random_ids(args.seed, course.prompt_tokens(), engine.vocabulary());
+    let check = check::check(&engine, &prompt[..check::TOKENS])?;
+    let work = Work::of(engine.container(), engine.top_k())?;
+    let quiet = args.quiet || args.json;
+    let runs = Walk::new(&engine, &prompt, (&mut disk, depth), effort, quiet).run(&course)?;
+    Ok(Report {
+        machine: machine_of(&options),
+        model: model_of(&engine, &work, args.seed, open_seconds),
+        runs: runs.iter().map(|run| RunReport::new(run, &work, &limits)).collect(),
+        limits,
+        check,
+        notes,
+    })
+}
+
+/// The machine as the system describes it.
+pub fn machine_of(options: &Options) -> Machine {
+    let unknown = |what: &str| format!("unknown {what}");
+    Machine {
+        cpu: machine::cpu_name()
+            .unwrap_or_else(|| unknown(&format!("{} processor", std::env::consts::ARCH))),
+        cores: cores(),
+        memory_bytes: machine::total_memory().unwrap_or(0),
+        isa: options.isa.name(),
+        threads: options.threads,
+        kernel: machine::kernel().unwrap_or_else(|| unknown("kernel")),
+    }
+}
+
+fn model_of(engine: &Engine, work: &Work, seed: u64, open_seconds: f64) -> Model {
+    let (shape, options, budget) = (engine.shape(), engine.options(), engine.budget());
+    let manifest = engine.container().manifest();
+    Model {
+        name: manifest.name.clone(),
+        source: manifest.source.clone(),
+        layers: shape.layers.len(),
+        experts: shape.moe.experts,
+        experts_per_token: engine.top_k(),
+        record_bytes: work.record_bytes,
+        records: budget.records,
+        slots: budget.slots,
+        memory_limit_bytes: budget.limit,
+        context: budget.context,
+        prefill_chunk: options.prefill_chunk,
+        readers: options.readers,
+        io: if engine.store().is_direct() { "direct" } else { "buffered" },
+        prompt: format!("prompts are random ids, seed {seed}; decode takes the likeliest token"),
+        open_seconds,
+    }
+}

@@ -1,0 +1,325 @@
+//! What a bench found, as one object: the fields are the names in its JSON.
+//!
+//! Each stage is held against the limit that binds it: weights of one token against the memory,
+//! stages of a prompt against the slower of memory and arithmetic, waiting for experts against the
+//! disk. A fraction is the time at the limit over the time taken.
+
+use flash_moe_engine::store::measure::ReadRate;
+use flash_moe_engine::timing::Stage;
+use serde::Serialize;
+
+use super::check::Check;
+use super::limits::{DotsRate, MemoryRate, fastest};
+use super::walk::{Phase, PoolState, Run};
+use super::work::Work;
+
+/// Everything a bench found.
+#[derive(Debug, Serialize)]
+pub struct Report {
+    /// The machine in words.
+    pub machine: Machine,
+    /// The model and how it was run.
+    pub model: Model,
+    /// What the machine can do.
+    pub limits: Limits,
+    /// The check of the answer.
+    pub check: Check,
+    /// Every run, in order.
+    pub runs: Vec<RunReport>,
+    /// What was left out, and what to know.
+    pub notes: Vec<String>,
+}
+
+/// The machine in words.
+#[derive(Debug, Serialize)]
+pub struct Machine {
+    /// Name of the processor.
+    pub cpu: String,
+    /// Cores that this process may use.
+    pub cores: usize,
+    /// Memory of the system; 0 if it does not say.
+    pub memory_bytes: u64,
+    /// Instruction set of the kernels.
+    pub isa: &'static str,
+    /// Compute threads.
+    pub threads: usize,
+    /// Kernel of the operating system.
+    pub kernel: String,
+}
+
+/// The model and how it was run.
+#[derive(Debug, Serialize)]
+pub struct Model {
+    /// From its manifest.
+    pub name: String,
+    /// From its manifest.
+    pub source: String,
+    /// Decoder layers.
+    pub layers: usize,
+    /// Experts of a layer.
+    pub experts: usize,
+    /// Experts for a token.
+    pub experts_per_token: usize,
+    /// Bytes of an expert's record.
+    pub record_bytes: u64,
+    /// Records in the model.
+    pub records: usize,
+    /// Records that the pool holds.
+    pub slots: usize,
+    /// Memory limit of the process.
+    pub memory_limit_bytes: u64,
+    /// Tokens of context.
+    pub context: usize,
+    /// Prompt tokens computed together.
+    pub prefill_chunk: usize,
+    /// Expert reads in flight.
+    pub readers: usize,
+    /// `direct` or `buffered`.
+    pub io: &'static str,
+    /// What the prompt is.
+    pub prompt: String,
+    /// From opening to a model that is ready.
+    pub open_seconds: f64,
+}
+
+/// What the machine can do.
+#[derive(Debug, Serialize)]
+pub struct Limits {
+    /// Reading memory.
+    pub memory: MemoryRate,
+    /// The `dots` kernel on data in the cache.
+    pub dots: DotsRate,
+    /// Reading records.
+    pub disk: Vec<DiskRate>,
+    /// Whether those reads went past the page cache.
+    pub disk_direct: bool,
+}
+
+/// Reading records at one depth.
+#[derive(Clone, Debug, Serialize)]
+pub struct DiskRate {
+    /// Reads in flight.
+    pub depth: usize,
+    /// Records read.
+    pub records: usize,
+    /// Bytes read, all of them checked to have arrived.
+    pub bytes: u64,
+    /// Bytes over time.
+    pub bytes_per_second: f64,
+}
+
+/// One run.
+#[derive(Clone, Debug, Serialize)]
+pub struct RunReport {
+    /// `prefill` or `decode`.
+    pub phase: Phase,
+    /// `cold` or `warm`.
+    pub pool: PoolState,
+    /// Which repetition, from 0.
+    pub repeat: usize,
+    /// Position of the first token.
+    pub position: usize,
+    /// Tokens taken.
+    pub tokens: usize,
+    /// Wall time.
+    pub seconds: f64,
+    /// The figure that users know.
+    pub tokens_per_second: f64,
+    /// Median time of a decoded token.
+    pub step_ms_median: Option<f64>,
+    /// Longest time of a decoded token.
+    pub step_ms_max: Option<f64>,
+    /// Experts.
+    pub experts: Experts,
+    /// Time at the memory's limit of everything touched, over the wall time.
+    pub memory_fraction: f64,
+    /// The stages, then `other`, which is what the wall time leaves.
+    pub stages: Vec<StageReport>,
+}
+
+/// Where a run's experts came from.
+#[derive(Clone, Debug, Serialize)]
+pub struct Experts {
+    /// Found in the pool.
+    pub hits: u64,
+    /// Read from disk.
+    pub misses: u64,
+    /// Hits over both.
+    pub hit_rate: f64,
+    /// Bytes read.
+    pub read_bytes: u64,
+    /// Bytes read for each token.
+    pub read_bytes_per_token: f64,
+    /// Time that compute waited for reads.
+    pub wait_seconds: f64,
+    /// Bytes read over the run's wall time.
+    pub read_bytes_per_second: f64,
+    /// The disk's limit, measured just before.
+    pub disk_bytes_per_second: Option<f64>,
+    /// The one over the other.
+    pub disk_fraction: Option<f64>,
+}
+
+/// One stage of a run.
+#[derive(Clone, Debug, Serialize)]
+pub struct StageReport {
+    /// Its name in `--timing`.
+    pub stage: &'static str,
+    /// Wall time.
+    pub seconds: f64,
+    /// Times it ran.
+    pub calls: u64,
+    /// Bytes touched; for `fetch`, bytes read from disk.
+    pub bytes: u64,
+    /// Floating-point operations.
+    pub operations: f64,
+    /// `memory`, `dots` or `disk`; none for what has no limit.
+    pub limit: Option<&'static str>,
+    /// Time at that limit.
+    pub limit_seconds: Option<f64>,
+    /// Time at the limit over the time taken.
+    pub limit_fraction: Option<f64>,
+}
+
+impl From<&ReadRate> for DiskRate {
+    fn from(r: &ReadRate) -> Self {
+        let (depth, records, bytes) = (r.depth, r.records, r.bytes);
+        Self { depth, records, bytes, bytes_per_second: r.rate() }
+    }
+}
+
+impl Limits {
+    /// From the measurements.
+    pub fn new(memory: MemoryRate, dots: DotsRate, disk: &[ReadRate], disk_direct: bool) -> Self {
+        Self { memory, dots, disk: disk.iter().map(DiskRate::from).collect(), disk_direct }
+    }
+
+    /// The disk's best figure over the depths, in bytes a second, and its depth.
+    pub fn best_disk(rates: &[ReadRate]) -> Option<(f64, usize)> {
+        fastest(rates).filter(|r| r.bytes > 0).map(|r| (r.rate(), r.depth))
+    }
+}
+
+impl RunReport {
+    /// Holds a run against the limits.
+    pub fn new(run: &Run, work: &Work, limits: &Limits) -> Self {
+        let mut stages: Vec<StageReport> = Stage::ALL
+            .into_iter()
+            .filter(|&stage| run.timing.stage(stage).calls > 0)
+            .map(|stage| stage_report(run, stage, work, limits))
+            .collect();
+        let known: f64 = stages.iter().map(|s| s.seconds).sum();
+        stages.push(StageReport {
+            stage: "other",
+            seconds: run.seconds - known,
+            calls: 0,
+            bytes: 0,
+            operations: 0.0,
+            limit: None,
+            limit_seconds: None,
+            limit_fraction: None,
+        });
+        let touched = stages.iter().filter(|s| s.stage != Stage::Fetch.name()).map(|s| s.bytes);
+        let touched: u64 = touched.sum();
+        let mut steps = run.step_seconds.clone();
+        steps.sort_by(f64::total_cmp);
+        Self {
+            phase: run.phase,
+            pool: run.pool,
+            repeat: run.repeat,
+            position: run.position,
+            tokens: run.tokens,
+            seconds: run.seconds,
+            tokens_per_second: run.tokens as f64 / run.seconds,
+            step_ms_median: steps.get(steps.len() / 2).map(|s| s * 1e3),
+            step_ms_max: steps.last().map(|s| s * 1e3),
+            experts: Experts::new(run),
+            memory_fraction: touched as f64 / limits.memory.bytes_per_second / run.seconds,
+            stages,
+        }
+    }
+}
+
+impl Experts {
+    fn new(run: &Run) -> Self {
+        let reads = &run.reads;
+        let rate = reads.read_bytes as f64 / run.seconds;
+        Self {
+            hits: reads.hits,
+            misses: reads.misses,
+            hit_rate: reads.hit_rate(),
+            read_bytes: reads.read_bytes,
+            read_bytes_per_token: reads.read_bytes as f64 / run.tokens as f64,
+            wait_seconds: reads.wait_ns as f64 / 1e9,
+            read_bytes_per_second: rate,
+            disk_bytes_per_second: run.disk_rate,
+            disk_fraction: run.disk_rate.map(|limit| rate / limit),
+        }
+    }
+}
+
+fn stage_report(run: &Run, stage: Stage, work: &Work, limits: &Limits) -> StageReport {
+    let total = run.timing.stage(stage);
+    let seconds = total.ns as f64 / 1e9;
+    let heads = if run.phase == Phase::Decode { run.tokens } else { 1 };
+    let operations = work.operations(stage, run.position, run.tokens, heads);
+    let bytes = if stage == Stage::Fetch { run.reads.read_bytes } else { total.bytes };
+    let memory = bytes as f64 / limits.memory.bytes_per_second;
+    let dots = operations / limits.dots.flops_per_second;
+    let bound = match (stage, run.phase) {
+        (Stage::Fetch, _) => run.disk_rate.map(|rate| ("disk", bytes as f64 / rate)),
+        _ if bytes == 0 => None,
+        (_, Phase::Prefill) if dots > memory => Some(("dots", dots)),
+        _ => Some(("memory", memory)),
+    };
+    // Reads go on while other stages compute, so the disk's share is of the whole run.
+    let taken = if stage == Stage::Fetch { run.seconds } else { seconds };
+    StageReport {
+        stage: stage.name(),
+        seconds,
+        calls: total.calls,
+        bytes,
+        operations,
+        limit: bound.map(|(name, _)| name),
+        limit_seconds: bound.map(|(_, at_limit)| at_limit),
+        limit_fraction: bound.map(|(_, at_limit)| at_limit / taken),
+    }
+}
+
+/// Every stage of every run as a line, under a line of names.
+pub fn csv(runs: &[RunReport]) -> String {
+    let mut text = String::from(
+        "repeat,phase,pool,position,tokens,run_seconds,tokens_per_second,hits,misses,read_bytes,\
+         wait_seconds,stage,seconds,calls,bytes,operations,limit,limit_fraction\n",
+    );
+    for run in runs {
+        let e = &run.experts;
+        let phase = if run.phase == Phase::Decode { "decode" } else { "prefill" };
+        let pool = if run.pool == PoolState::Cold { "cold" } else { "warm" };
+        let head = format!(
+            "{},{phase},{pool},{},{},{:.9},{:.4},{},{},{},{:.9}",
+            run.repeat,
+            run.position,
+            run.tokens,
+            run.seconds,
+            run.tokens_per_second,
+            e.hits,
+            e.misses,
+            e.read_bytes,
+            e.wait_seconds
+        );
+        for s in &run.stages {
+            let fraction = s.limit_fraction.map_or_else(String::new, |f| format!("{f:.4}"));
+            text += &format!(
+                "{head},{},{:.9},{},{},{:.0},{},{fraction}\n",
+                s.stage,
+                s.seconds,
+                s.calls,
+                s.bytes,
+                s.operations,
+                s.limit.unwrap_or("")
+            );
+        }
+    }
+    text
+}

@@ -1,0 +1,188 @@
+//! The timed runs: prompts from position 0, then one session that walks to each position.
+//!
+//! The clock covers what a user waits for: the engine's calls and the choice of the next token. The
+//! disk's own limit is measured again beside every run, because disks change from one minute to the
+//! next.
+
+use std::ops::ControlFlow;
+use std::sync::Arc;
+use std::time::Instant;
+
+use anyhow::Result;
+use flash_moe_engine::engine::Engine;
+use flash_moe_engine::session::Session;
+use flash_moe_engine::shape::TokenId;
+use flash_moe_engine::store::StoreCounters;
+use flash_moe_engine::timing::Timing;
+use indicatif::{ProgressBar, ProgressStyle};
+use serde::Serialize;
+
+use super::course::Course;
+use super::limits::{Disk, Effort};
+use super::prompt::likeliest;
+
+/// Prompt or output.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Phase {
+    /// Many tokens at once.
+    Prefill,
+    /// One token after the other.
+    Decode,
+}
+
+/// What the pool of experts held at the start.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum PoolState {
+    /// Nothing.
+    Cold,
+    /// What the run before left.
+    Warm,
+}
+
+/// One timed run.
+#[derive(Clone, Debug)]
+pub struct Run {
+    /// Prompt or output.
+    pub phase: Phase,
+    /// The pool at the start.
+    pub pool: PoolState,
+    /// Which repetition, from 0.
+    pub repeat: usize,
+    /// Position of its first token.
+    pub position: usize,
+    /// Tokens taken.
+    pub tokens: usize,
+    /// Wall time.
+    pub seconds: f64,
+    /// Wall time of each decoded token, in order; empty for a prompt.
+    pub step_seconds: Vec<f64>,
+    /// Expert reads.
+    pub reads: StoreCounters,
+    /// Stages.
+    pub timing: Timing,
+    /// The disk's limit just before, in bytes a second.
+    pub disk_rate: Option<f64>,
+}
+
+/// The runner.
+pub struct Walk<'a> {
+    engine: &'a Arc<Engine>,
+    prompt: &'a [TokenId],
+    disk: &'a mut Disk,
+    depth: usize,
+    effort: Effort,
+    quiet: bool,
+    repeat: usize,
+    runs: Vec<Run>,
+}
+
+impl<'a> Walk<'a> {
+    /// A runner that holds the disk at `depth` beside each run.
+    pub fn new(
+        engine: &'a Arc<Engine>,
+        prompt: &'a [TokenId],
+        (disk, depth): (&'a mut Disk, usize),
+        effort: Effort,
+        quiet: bool,
+    ) -> Self {
+        Self { engine, prompt, disk, depth, effort, quiet, repeat: 0, runs: Vec::new() }
+    }
+
+    /// Runs the course.
+    ///
+    /// # Errors
+    /// An error of the engine; a logit that is not finite.
+    pub fn run(mut self, course: &Course) -> Result<Vec<Run>> {
+        for repeat in 0..course.repeat {
+            self.repeat = repeat;
+            for &tokens in &course.prefill {
+                self.engine.store().forget();
+                self.prefill(&mut Session::new(self.engine), tokens, PoolState::Cold)?;
+                self.prefill(&mut Session::new(self.engine), tokens, PoolState::Warm)?;
+            }
+            let mut session = Session::new(self.engine);
+            for &at in &course.frontiers {
+                self.prefill(&mut session, at, PoolState::Warm)?;
+                // Warm first: the pool is then as a prompt leaves it, which is what a user meets.
+                self.decode(&mut session, course.decode, PoolState::Warm)?;
+                self.engine.store().forget();
+                self.decode(&mut session, course.decode, PoolState::Cold)?;
+            }
+        }
+        Ok(self.runs)
+    }
+
+    /// Takes the prompt up to position `end`.
+    fn prefill(&mut self, session: &mut Session, end: usize, pool: PoolState) -> Result<()> {
+        let from = session.position();
+        let tokens = &self.prompt[from..end];
+        let bar = self.bar("prefill", from, tokens.len());
+        self.timed(session, (Phase::Prefill, pool), tokens.len(), |session, _| {
+            session.prefill(tokens, &mut |done| {
+                bar.set_position(done as u64);
+                ControlFlow::Continue(())
+            })?;
+            likeliest(session.logits()).map(|_| ())
+        })?;
+        bar.finish_and_clear();
+        Ok(())
+    }
+
+    /// Takes `tokens` tokens, each the likeliest after the one before.
+    fn decode(&mut self, session: &mut Session, tokens: usize, pool: PoolState) -> Result<()> {
+        let bar = self.bar("decode", session.position(), tokens);
+        self.timed(session, (Phase::Decode, pool), tokens, |session, steps| {
+            for _ in 0..tokens {
+                let started = Instant::now();
+                session.step(likeliest(session.logits())?)?;
+                steps.push(started.elapsed().as_secs_f64());
+                bar.inc(1);
+            }
+            likeliest(session.logits()).map(|_| ())
+        })?;
+        bar.finish_and_clear();
+        Ok(())
+    }
+
+    fn timed(
+        &mut self,
+        session: &mut Session,
+        (phase, pool): (Phase, PoolState),
+        tokens: usize,
+        work: impl FnOnce(&mut Session, &mut Vec<f64>) -> Result<()>,
+    ) -> Result<()> {
+        let disk = self.disk.measure(self.depth, self.effort.beside)?;
+        let (reads, timing) = (self.engine.store().counters(), session.timing().clone());
+        let position = session.position();
+        let mut step_seconds = Vec::with_capacity(tokens);
+        let started = Instant::now();
+        work(session, &mut step_seconds)?;
+        let seconds = started.elapsed().as_secs_f64();
+        self.runs.push(Run {
+            phase,
+            pool,
+            repeat: self.repeat,
+            position,
+            tokens,
+            seconds,
+            step_seconds,
+            reads: self.engine.store().counters().since(&reads),
+            timing: session.timing().since(&timing),
+            disk_rate: (disk.bytes > 0).then(|| disk.rate()),
+        });
+        Ok(())
+    }
+
+    fn bar(&self, phase: &'static str, from: usize, tokens: usize) -> ProgressBar {
+        if self.quiet {
+            return ProgressBar::hidden();
+        }
+        let style = "{msg} {bar:30} {pos}/{len} tokens, {per_sec}, {eta} left";
+        let style = ProgressStyle::with_template(style).expect("a constant template");
+        let bar = ProgressBar::new(tokens as u64).with_style(style);
+        bar.set_message(format!("{phase} from {from}"));
+        bar
+    }
+}

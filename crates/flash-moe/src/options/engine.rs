@@ -1,0 +1,234 @@
+//! Flags of every command that loads a model: which one, and what of the machine it may use.
+//!
+//! Resolves them against the machine and the container into the engine's own options.
+
+use std::path::PathBuf;
+use std::thread;
+
+use anyhow::{Context, Result, bail};
+use clap::{Args, ValueEnum};
+use flash_moe_engine::Lookahead;
+use flash_moe_engine::container::Container;
+use flash_moe_engine::engine::Options;
+use flash_moe_engine::store::IoMode;
+use flash_moe_engine::tokenizer::{TOKENIZER_FILE, Tokenizer};
+use flash_moe_kernels::Isa;
+
+use super::{environment, size};
+use crate::tiny;
+
+/// Bytes that a loaded tokenizer takes for each byte of its file.
+const TOKENIZER_FACTOR: u64 = 12;
+
+/// Which model, and what of the machine it may use.
+#[derive(Args, Clone, Debug)]
+pub struct EngineArgs {
+    /// Directory of the model, made by `flash-moe convert` [default: the small built-in model].
+    #[arg(long, short, value_name = "DIR")]
+    pub model: Option<PathBuf>,
+
+    /// Memory for the whole process: 6GiB, 6G or bytes [default: nine tenths of what is free].
+    /// What the model itself does not need becomes the cache of experts.
+    #[arg(long, value_name = "SIZE", value_parser = size::parse, help_heading = "Machine")]
+    pub memory: Option<u64>,
+
+    /// Compute threads [default: one a core]. The numbers do not depend on it.
+    #[arg(long, value_name = "N", value_parser = at_least_one, help_heading = "Machine")]
+    pub threads: Option<usize>,
+
+    /// Instruction set of the kernels.
+    #[arg(long, value_enum, default_value_t = IsaChoice::Auto, help_heading = "Machine")]
+    pub isa: IsaChoice,
+
+    /// f32 kernels for everything. They are the only ones so far, so this changes nothing yet.
+    #[arg(long, help_heading = "Machine")]
+    pub exact: bool,
+
+    /// How experts are read: past the page cache, through it, or past it where that works.
+    #[arg(long, value_enum, default_value_t = IoChoice::Auto, help_heading = "Machine")]
+    pub io: IoChoice,
+
+    /// Expert reads in flight.
+    #[arg(long, value_name = "N", default_value = "8", value_parser = at_least_one)]
+    #[arg(help_heading = "Machine")]
+    pub readers: usize,
+
+    /// Prompt tokens computed together. Larger chunks read each expert less often and take more
+    /// memory.
+    #[arg(long, value_name = "N", default_value = "512", value_parser = at_least_one)]
+    #[arg(help_heading = "Machine")]
+    pub prefill_chunk: usize,
+
+    /// How the experts of the next layer are guessed, to be read while this one computes. Never
+    /// changes the numbers.
+    #[arg(long, value_enum, default_value_t = LookaheadChoice::Off, help_heading = "Machine")]
+    pub lookahead: LookaheadChoice,
+
+    /// Experts for each token, instead of the number the model was trained with. Fewer is faster
+    /// and LOSSY.
+    #[arg(long, value_name = "K", help_heading = "Machine")]
+    pub experts_per_token: Option<usize>,
+}
+
+/// Values of `--isa`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub enum IsaChoice {
+    /// The fastest that this CPU has.
+    Auto,
+    /// Plain code, the specification.
+    Scalar,
+    /// x86-64 with AVX2, FMA and F16C.
+    Avx2,
+    /// x86-64 with AVX-512 F, BW, DQ and VL.
+    Avx512,
+    /// AArch64.
+    Neon,
+}
+
+/// Values of `--io`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub enum IoChoice {
+    /// Direct where it works, buffered elsewhere.
+    Auto,
+    /// Past the page cache.
+    Direct,
+    /// Through the page cache.
+    Buffered,
+}
+
+/// Values of `--lookahead`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub enum LookaheadChoice {
+    /// Nothing is guessed.
+    Off,
+    /// The next layer's own router, applied to the state before this layer's experts.
+    Router,
+    /// The experts that the last token used there: the original engine's --predict.
+    Previous,
+}
+
+/// A model directory that is open, with the tokenizer where there is one.
+pub struct Model {
+    /// The container.
+    pub container: Container,
+    /// Absent in a container of random weights, which takes token ids alone.
+    pub tokenizer: Option<Tokenizer>,
+}
+
+impl EngineArgs {
+    /// Opens the model directory, unpacking the built-in model if none is named.
+    ///
+    /// # Errors
+    /// What the container, the tokenizer or the cache directory has to say.
+    pub fn open(&self) -> Result<Model> {
+        let dir = match &self.model {
+            Some(dir) => dir.clone(),
+            None => tiny::unpacked(environment::cache_dir())?,
+        };
+        let container = Container::open(&dir)?;
+        let tokenizer = match dir.join(TOKENIZER_FILE).exists() {
+            true => Some(Tokenizer::open(&dir)?),
+            false => None,
+        };
+        Ok(Model { container, tokenizer })
+    }
+
+    /// The engine's options for `model`, with `context` tokens.
+    ///
+    /// # Errors
+    /// An instruction set that this CPU does not have.
+    pub fn engine_options(&self, model: &Model, context: Option<usize>) -> Result<Options> {
+        let tokenizer_file = model.container.dir().join(TOKENIZER_FILE);
+        let tokenizer_bytes = match &model.tokenizer {
+            Some(_) => std::fs::metadata(&tokenizer_file)
+                .with_context(|| tokenizer_file.display().to_string())?
+                .len(),
+            None => 0,
+        };
+        Ok(Options {
+            vocabulary: model.tokenizer.as_ref().map(Tokenizer::count),
+            other_bytes: tokenizer_bytes * TOKENIZER_FACTOR,
+            ..self.machine_options(context)?
+        })
+    }
+
+    /// The engine's options for a model without a tokenizer, with `context` tokens.
+    ///
+    /// # Errors
+    /// An instruction set that this CPU does not have.
+    pub fn machine_options(&self, context: Option<usize>) -> Result<Options> {
+        Ok(Options {
+            threads: self.threads.unwrap_or_else(cores),
+            isa: self.isa.resolve()?,
+            memory_bytes: self.memory,
+            context,
+            io: self.io.mode(),
+            experts_per_token: self.experts_per_token,
+            prefill_chunk: self.prefill_chunk,
+            readers: self.readers,
+            lookahead: self.lookahead.mode(),
+            vocabulary: None,
+            other_bytes: 0,
+        })
+    }
+
+    /// What about these flags makes the output differ from the model's own, in words.
+    pub fn lossy(&self, container: &Container) -> Vec<String> {
+        let trained = container.shape().moe.top_k;
+        let fewer = self.experts_per_token.filter(|&k| k < trained);
+        fewer
+            .map(|k| format!("{k} experts for each token; the model was trained with {trained}"))
+            .into_iter()
+            .collect()
+    }
+}
+
+impl IsaChoice {
+    fn resolve(self) -> Result<Isa> {
+        let name = match self {
+            Self::Auto => return Ok(Isa::detect()),
+            Self::Scalar => "scalar",
+            Self::Avx2 => "avx2",
+            Self::Avx512 => "avx512",
+            Self::Neon => "neon",
+        };
+        let Some(isa) = Isa::parse(name) else {
+            let has: Vec<&str> = Isa::available().map(Isa::name).collect();
+            bail!("--isa {name}: this CPU has {}", has.join(", "));
+        };
+        Ok(isa)
+    }
+}
+
+impl IoChoice {
+    fn mode(self) -> IoMode {
+        match self {
+            Self::Auto => IoMode::Auto,
+            Self::Direct => IoMode::Direct,
+            Self::Buffered => IoMode::Buffered,
+        }
+    }
+}
+
+impl LookaheadChoice {
+    fn mode(self) -> Lookahead {
+        match self {
+            Self::Off => Lookahead::Off,
+            Self::Router => Lookahead::Router,
+            Self::Previous => Lookahead::Previous,
+        }
+    }
+}
+
+/// Cores that this process may run on; one where the system does not say.
+pub fn cores() -> usize {
+    thread::available_parallelism().map_or(1, usize::from)
+}
+
+/// Parses a count of at least one.
+pub fn at_least_one(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(n) if n >= 1 => Ok(n),
+        _ => Err("expected a whole number of at least 1".into()),
+    }
+}

@@ -1,0 +1,295 @@
+//! `flash-moe run`: one prompt, one answer.
+//!
+//! The answer is the only thing on standard output. Everything that can be refused is refused before
+//! the weights are read: flags, prompt, sampling, memory, context, the trace file.
+
+mod answer;
+mod generate;
+mod interrupt;
+mod prompt;
+mod report;
+mod thinking;
+mod trace;
+
+use std::io::{self, Write};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, bail};
+use flash_moe_engine::budget::{Budget, gib};
+use flash_moe_engine::engine::Engine;
+use flash_moe_engine::generation::GenerationConfig;
+use flash_moe_engine::sampler::{Sampler, Sampling};
+use flash_moe_engine::session::Session;
+use flash_moe_engine::shape::TokenId;
+use flash_moe_engine::store::StoreCounters;
+use flash_moe_engine::timing::Timing;
+use flash_moe_engine::tokenizer::Tokenizer;
+use indicatif::{ProgressBar, ProgressStyle};
+
+use crate::options::environment;
+use crate::options::run::RunArgs;
+use answer::{Answer, Show};
+use generate::{Finish, Limits, generate, prefill};
+use interrupt::Interrupt;
+use report::{Counters, Report, Settings, Timings, ms, rate};
+use thinking::Thinking;
+use trace::TraceFile;
+
+/// A run that is about to start.
+struct Run<'a> {
+    args: &'a RunArgs,
+    engine: Arc<Engine>,
+    tokenizer: Option<Tokenizer>,
+    prompt: Vec<TokenId>,
+    sampling: Sampling,
+    eos: Vec<TokenId>,
+    interrupt: Interrupt,
+    loaded: Duration,
+}
+
+/// What came of it.
+struct Outcome {
+    tokens: Vec<TokenId>,
+    finish: Finish,
+    text: String,
+    thinking: String,
+    prefill_time: Duration,
+    first_token: Duration, // since the start of the prefill
+    whole: Duration,       // prefill and decode
+    prefill_reads: StoreCounters,
+    prefill_timing: Timing,
+}
+
+/// Runs the command.
+///
+/// # Errors
+/// Whatever the flags, the prompt, the model or the engine have to say.
+pub fn run(args: &RunArgs) -> Result<ExitCode> {
+    let trace = trace_file(args)?;
+    let run = Run::prepare(args)?;
+    let mut session = Session::new(&run.engine);
+    if trace.is_some() {
+        session.record();
+    }
+    let outcome = run.answer(&mut session)?;
+    if let Some(trace) = trace {
+        trace.write(session.take_trace(), &run.prompt, &outcome.tokens)?;
+    }
+    run.tell(&session, outcome)
+}
+
+impl<'a> Run<'a> {
+    fn prepare(args: &'a RunArgs) -> Result<Self> {
+        let started = Instant::now();
+        let model = args.engine.open()?;
+        let config = GenerationConfig::open(model.container.dir())?;
+        let sampling = args.sampling.resolve(&config)?;
+        if model.tokenizer.is_none() && !args.length.stop.is_empty() {
+            bail!("--stop needs a model with a tokenizer.json");
+        }
+        let prompt = prompt::read(args, &model)?;
+        let options = args.engine.engine_options(&model, args.length.context)?;
+        let budget = Budget::plan(&model.container, &options)?;
+        check_length(prompt.tokens.len(), &budget, model.container.shape().max_positions)?;
+        let lossy = args.engine.lossy(&model.container).into_iter().map(|l| format!("lossy: {l}"));
+        for note in lossy.chain(prompt.notes) {
+            eprintln!("flash-moe: note: {note}");
+        }
+        let eos = config.eos(model.container.shape());
+        let eos = if args.length.ignore_eos { Vec::new() } else { eos };
+        let interrupt = Interrupt::install()?;
+        let spinner = spinner(args, &model.container.manifest().name, &budget);
+        let engine = Arc::new(Engine::open(model.container, &options)?);
+        spinner.finish_and_clear();
+        if args.output.timing {
+            eprintln!("memory plan\n{}", engine.budget());
+        }
+        Ok(Self {
+            args,
+            engine,
+            tokenizer: model.tokenizer,
+            prompt: prompt.tokens,
+            sampling,
+            eos,
+            interrupt,
+            loaded: started.elapsed(),
+        })
+    }
+
+    /// Prefill and decode, the text on standard output as it comes.
+    fn answer(&self, session: &mut Session) -> Result<Outcome> {
+        let length = &self.args.length;
+        let tokenizer = self.tokenizer.as_ref();
+        let mut thinking = Thinking::after(&self.prompt, tokenizer, length.think_budget);
+        let mut sampler = Sampler::new(self.sampling.clone(), &self.prompt)?;
+
+        let started = Instant::now();
+        let bar = prefill_bar(self.args, self.prompt.len());
+        let progress = |done| bar.set_position(done as u64);
+        let whole = prefill(session, &self.prompt, &self.interrupt, progress)?;
+        bar.finish_and_clear();
+        let prefill_time = started.elapsed();
+        let prefill_reads = self.engine.store().counters();
+        let prefill_timing = session.timing().clone();
+        session.mark("prefill");
+
+        let mut answer = Answer::new(io::stdout().lock(), show(self.args), tokenizer, &length.stop);
+        let limits =
+            Limits { eos: &self.eos, max_tokens: length.max_tokens, interrupt: &self.interrupt };
+        let mut first_token = prefill_time;
+        let (tokens, finish) = match whole {
+            true => generate(session, &mut sampler, &mut thinking, &mut answer, &limits, || {
+                first_token = started.elapsed();
+            })?,
+            false => (Vec::new(), Finish::Interrupted),
+        };
+        if session.position() > self.prompt.len() {
+            session.mark("decode");
+        }
+        let (text, thinking) = answer.finish(thinking.is_inside())?;
+        let whole = started.elapsed();
+        Ok(Outcome {
+            tokens,
+            finish,
+            text,
+            thinking,
+            prefill_time,
+            first_token,
+            whole,
+            prefill_reads,
+            prefill_timing,
+        })
+    }
+
+    /// Prints what was asked for beside the answer.
+    fn tell(&self, session: &Session, outcome: Outcome) -> Result<ExitCode> {
+        let finish = outcome.finish;
+        let decode_timing = session.timing().since(&outcome.prefill_timing);
+        if self.args.output.timing {
+            let decoded = session.position().saturating_sub(self.prompt.len());
+            let prompt = self.prompt.len();
+            eprintln!("{}", report::timing_table("prefill", &outcome.prefill_timing, prompt));
+            eprintln!("{}", report::timing_table("decode", &decode_timing, decoded));
+        }
+        let report = self.report(session, outcome, &decode_timing);
+        if !self.args.output.quiet {
+            eprintln!("{}", report.summary());
+        }
+        if self.args.output.json {
+            let mut out = io::stdout().lock();
+            serde_json::to_writer_pretty(&mut out, &report).map_err(io::Error::from)?;
+            writeln!(out)?;
+        }
+        Ok(match finish {
+            Finish::Interrupted => ExitCode::from(interrupt::EXIT_STATUS),
+            _ => ExitCode::SUCCESS,
+        })
+    }
+
+    fn report(&self, session: &Session, outcome: Outcome, decode_timing: &Timing) -> Report {
+        let engine = &self.engine;
+        let ids = |tokens: &[TokenId]| tokens.iter().map(|t| t.0).collect::<Vec<u32>>();
+        let decoded = session.position().saturating_sub(self.prompt.len());
+        let decode_time = outcome.whole - outcome.first_token;
+        Report {
+            model: engine.container().manifest().name.clone(),
+            prompt_tokens: ids(&self.prompt),
+            generated_tokens: ids(&outcome.tokens),
+            finish_reason: outcome.finish,
+            text: outcome.text,
+            thinking: outcome.thinking,
+            timings: Timings {
+                load_ms: ms(self.loaded),
+                prefill_ms: ms(outcome.prefill_time),
+                ttft_ms: ms(outcome.first_token),
+                decode_ms: ms(decode_time),
+            },
+            prefill_tokens_per_second: rate(self.prompt.len(), outcome.prefill_time),
+            decode_tokens_per_second: rate(decoded, decode_time),
+            counters: Counters::new(outcome.prefill_reads, engine.store().counters(), decoded),
+            peak_memory_bytes: report::peak_memory(),
+            stages: serde_json::json!({
+                "prefill": report::stages(&outcome.prefill_timing),
+                "decode": report::stages(decode_timing),
+            }),
+            settings: self.settings(),
+            lossy: self.args.engine.lossy(engine.container()),
+        }
+    }
+
+    fn settings(&self) -> Settings {
+        let (engine, options) = (&self.engine, self.engine.options());
+        Settings {
+            sampling: report::sampling(&self.sampling),
+            threads: options.threads,
+            isa: options.isa.name(),
+            activations: "f32",
+            io: if engine.store().is_direct() { "direct" } else { "buffered" },
+            readers: options.readers,
+            memory_bytes: engine.budget().limit,
+            cached_experts: engine.budget().slots,
+            context: engine.context(),
+            prefill_chunk: options.prefill_chunk,
+            experts_per_token: engine.top_k(),
+            max_tokens: self.args.length.max_tokens,
+            think_budget: self.args.length.think_budget,
+        }
+    }
+}
+
+fn trace_file(args: &RunArgs) -> Result<Option<TraceFile>> {
+    let Some(path) = &args.output.trace else { return Ok(None) };
+    if !args.prompt.raw && args.prompt.prompt_tokens.is_none() {
+        bail!("--trace needs --raw or --prompt-tokens, so that the tokens are the ones you gave");
+    }
+    TraceFile::create(path).map(Some)
+}
+
+fn check_length(tokens: usize, budget: &Budget, max_positions: usize) -> Result<()> {
+    let context = budget.context;
+    if tokens <= context {
+        return Ok(());
+    }
+    let advice = match tokens <= max_positions {
+        true => format!("raise --context, up to {max_positions}"),
+        false => "which is all this model takes".into(),
+    };
+    bail!("the prompt has {tokens} tokens, the context holds {context}: {advice}");
+}
+
+fn show(args: &RunArgs) -> Show {
+    match (args.output.json, args.output.quiet) {
+        (true, _) => Show::Nothing,
+        (_, true) => Show::Answer,
+        _ if environment::may_style() => Show::Dimmed,
+        _ => Show::Tagged,
+    }
+}
+
+/// Whether a person watches who wants to see progress.
+fn is_watched(args: &RunArgs) -> bool {
+    !args.output.quiet && environment::errors_are_seen()
+}
+
+fn spinner(args: &RunArgs, name: &str, budget: &Budget) -> ProgressBar {
+    if !is_watched(args) {
+        return ProgressBar::hidden();
+    }
+    let spinner = ProgressBar::new_spinner();
+    spinner.set_message(format!("loading {name}: {}", gib(budget.fixed_bytes())));
+    spinner.enable_steady_tick(Duration::from_millis(100));
+    spinner
+}
+
+fn prefill_bar(args: &RunArgs, tokens: usize) -> ProgressBar {
+    if !is_watched(args) {
+        return ProgressBar::hidden();
+    }
+    let style = "reading the prompt {bar:30} {pos}/{len} tokens, {per_sec}, {eta} left";
+    let style = ProgressStyle::with_template(style).expect("a constant template");
+    let bar = ProgressBar::new(tokens as u64).with_style(style);
+    bar.enable_steady_tick(Duration::from_millis(200));
+    bar
+}

@@ -1,0 +1,326 @@
+//! What a run took: the summary line, the `--timing` table and the `--json` object.
+//!
+//! The fields of [`Report`] are the names in the JSON object; units come last in each name. A part
+//! of a run is its prefill or its decode, told apart everywhere.
+
+use std::fmt::Write as _;
+use std::time::Duration;
+
+use flash_moe_engine::budget::gib;
+use flash_moe_engine::sampler::Sampling;
+use flash_moe_engine::store::StoreCounters;
+use flash_moe_engine::timing::{Stage, Timing};
+use serde::Serialize;
+use serde_json::{Map, Value, json};
+
+use super::generate::Finish;
+
+/// One finished run.
+#[derive(Debug, Serialize)]
+pub struct Report {
+    /// Name of the model, from its manifest.
+    pub model: String,
+    /// Ids of the prompt.
+    pub prompt_tokens: Vec<u32>,
+    /// Ids of the output, without the end-of-text token.
+    pub generated_tokens: Vec<u32>,
+    /// Why the output ended: `stop`, `length` or `interrupted`.
+    pub finish_reason: Finish,
+    /// The answer, without thinking and stop text.
+    pub text: String,
+    /// The thinking; empty if there was none.
+    pub thinking: String,
+    /// Wall times.
+    pub timings: Timings,
+    /// Prompt tokens a second.
+    pub prefill_tokens_per_second: Option<f64>,
+    /// Generated tokens a second, the first one and its prefill left out.
+    pub decode_tokens_per_second: Option<f64>,
+    /// Expert reads in all, and apart for prefill and decode.
+    pub counters: Counters,
+    /// The most memory the process had, where the system says.
+    pub peak_memory_bytes: Option<u64>,
+    /// Time and bytes by stage, for prefill and decode.
+    pub stages: Value,
+    /// What the run was set to.
+    pub settings: Settings,
+    /// What made the output differ from the model's own, in words.
+    pub lossy: Vec<String>,
+}
+
+/// Wall times in milliseconds.
+#[derive(Debug, Serialize)]
+pub struct Timings {
+    /// From the start of the command to a model that is ready.
+    pub load_ms: f64,
+    /// The prompt.
+    pub prefill_ms: f64,
+    /// From a model that is ready to the first token.
+    pub ttft_ms: f64,
+    /// From the first token to the last.
+    pub decode_ms: f64,
+}
+
+/// Expert reads.
+#[derive(Debug, Serialize)]
+pub struct Counters {
+    /// The whole run.
+    #[serde(flatten)]
+    pub total: Reads,
+    /// The prompt alone.
+    pub prefill: Reads,
+    /// The output alone.
+    pub decode: Reads,
+    /// Bytes read for each decoded token.
+    pub decode_read_bytes_per_token: Option<f64>,
+}
+
+/// Expert reads of one part of a run.
+#[derive(Debug, Serialize)]
+pub struct Reads {
+    /// Experts found in the cache.
+    pub hits: u64,
+    /// Experts read from disk.
+    pub misses: u64,
+    /// Hits over both; 0 without any.
+    pub hit_rate: f64,
+    /// Bytes read from disk.
+    pub read_bytes: u64,
+    /// Time that compute waited for reads.
+    pub wait_ms: f64,
+}
+
+/// What a run was set to.
+#[derive(Debug, Serialize)]
+pub struct Settings {
+    /// Choice of tokens.
+    pub sampling: Value,
+    /// Compute threads.
+    pub threads: usize,
+    /// Instruction set of the kernels.
+    pub isa: &'static str,
+    /// Precision of the activations.
+    pub activations: &'static str,
+    /// How experts were read: `direct` or `buffered`.
+    pub io: &'static str,
+    /// Expert reads in flight.
+    pub readers: usize,
+    /// Memory limit of the process.
+    pub memory_bytes: u64,
+    /// Experts that the cache holds.
+    pub cached_experts: usize,
+    /// Tokens of context.
+    pub context: usize,
+    /// Prompt tokens computed together.
+    pub prefill_chunk: usize,
+    /// Experts for each token.
+    pub experts_per_token: usize,
+    /// Most tokens to generate.
+    pub max_tokens: usize,
+    /// Tokens after which thinking is ended; 0: never.
+    pub think_budget: usize,
+}
+
+impl From<StoreCounters> for Reads {
+    fn from(c: StoreCounters) -> Self {
+        Self {
+            hits: c.hits,
+            misses: c.misses,
+            hit_rate: c.hit_rate(),
+            read_bytes: c.read_bytes,
+            wait_ms: c.wait_ns as f64 / 1e6,
+        }
+    }
+}
+
+impl Counters {
+    /// From the store's counters after the prompt and at the end, with the tokens decoded between.
+    pub fn new(prefill: StoreCounters, end: StoreCounters, decoded: usize) -> Self {
+        let decode = end.since(&prefill);
+        let per_token = (decoded > 0).then(|| decode.read_bytes as f64 / decoded as f64);
+        Self {
+            total: end.into(),
+            prefill: prefill.into(),
+            decode: decode.into(),
+            decode_read_bytes_per_token: per_token,
+        }
+    }
+}
+
+impl Report {
+    /// The summary in one line.
+    pub fn summary(&self) -> String {
+        let speed =
+            |rate: Option<f64>| rate.map_or_else(String::new, |r| format!(" at {r:.1} tok/s"));
+        let mut line = format!(
+            "prompt {} tokens{}, first token after {:.2} s; generated {} tokens{}",
+            self.prompt_tokens.len(),
+            speed(self.prefill_tokens_per_second),
+            self.timings.ttft_ms / 1e3,
+            self.generated_tokens.len(),
+            speed(self.decode_tokens_per_second),
+        );
+        if self.finish_reason == Finish::Interrupted {
+            line += ", interrupted";
+        }
+        if let Some(bytes) = self.counters.decode_read_bytes_per_token {
+            let percent = self.counters.decode.hit_rate * 100.0;
+            line += &format!("; expert hits {percent:.1} %, {} read a token", gib(bytes as u64));
+        }
+        if self.settings.sampling["greedy"] == false {
+            line += &format!("; seed {}", self.settings.sampling["seed"]);
+        }
+        if let Some(bytes) = self.peak_memory_bytes {
+            line += &format!("; peak memory {}", gib(bytes));
+        }
+        line
+    }
+}
+
+/// The settings of a sampler by their flags' names.
+pub fn sampling(s: &Sampling) -> Value {
+    json!({
+        "greedy": s.is_greedy(),
+        "temperature": s.temperature,
+        "top_k": s.top_k,
+        "top_p": s.top_p,
+        "min_p": s.min_p,
+        "repetition_penalty": s.repetition_penalty,
+        "presence_penalty": s.presence_penalty,
+        "frequency_penalty": s.frequency_penalty,
+        "seed": s.seed,
+    })
+}
+
+/// Time, bytes and calls of every stage that ran.
+pub fn stages(timing: &Timing) -> Value {
+    let ran = Stage::ALL.into_iter().filter(|&stage| timing.stage(stage).calls > 0);
+    let entries: Map<String, Value> = ran
+        .map(|stage| {
+            let total = timing.stage(stage);
+            let entry =
+                json!({ "ms": total.ns as f64 / 1e6, "bytes": total.bytes, "calls": total.calls });
+            (stage.name().to_string(), entry)
+        })
+        .collect();
+    Value::Object(entries)
+}
+
+/// The `--timing` table of one part of a run over `tokens`.
+pub fn timing_table(part: &str, timing: &Timing, tokens: usize) -> String {
+    let total_ns: u64 = Stage::ALL.iter().map(|&stage| timing.stage(stage).ns).sum();
+    let mut table = format!(
+        "{part:<10}{:>8}{:>12}{:>8}{:>14}{:>10}\n",
+        "calls", "ms/token", "share", "bytes/token", "GB/s"
+    );
+    let tokens = tokens.max(1) as f64;
+    for stage in Stage::ALL {
+        let t = timing.stage(stage);
+        if t.calls == 0 {
+            continue;
+        }
+        let ms = t.ns as f64 / 1e6 / tokens;
+        let share = 100.0 * t.ns as f64 / total_ns.max(1) as f64;
+        let bytes = gib((t.bytes as f64 / tokens) as u64);
+        let speed = t.bytes as f64 / t.ns.max(1) as f64;
+        writeln!(
+            table,
+            "{:<10}{:>8}{ms:>12.3}{share:>7.1}%{bytes:>14}{speed:>10.2}",
+            stage.name(),
+            t.calls
+        )
+        .expect("writing to a string does not fail");
+    }
+    let total = total_ns as f64 / 1e6 / tokens;
+    table + &format!("{:<10}{:>8}{total:>12.3}", "total", "")
+}
+
+/// Milliseconds of a duration.
+pub fn ms(duration: Duration) -> f64 {
+    duration.as_secs_f64() * 1e3
+}
+
+/// `count` a second, or `None` without a count or a time.
+pub fn rate(count: usize, duration: Duration) -> Option<f64> {
+    let seconds = duration.as_secs_f64();
+    (count > 0 && seconds > 0.0).then(|| count as f64 / seconds)
+}
+
+/// The most memory this process had, in bytes: Linux's `VmHWM`; unknown elsewhere.
+pub fn peak_memory() -> Option<u64> {
+    if !cfg!(target_os = "linux") {
+        return None;
+    }
+    high_water(&std::fs::read_to_string("/proc/self/status").ok()?)
+}
+
+fn high_water(status: &str) -> Option<u64> {
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(kib * 1024)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn report() -> Report {
+        let prefill = StoreCounters { hits: 1, misses: 3, read_bytes: 3 << 20, wait_ns: 1_500_000 };
+        let end = StoreCounters { hits: 10, misses: 6, read_bytes: 6 << 20, wait_ns: 2_000_000 };
+        Report {
+            model: "m".into(),
+            prompt_tokens: vec![1, 2],
+            generated_tokens: vec![3, 4, 5],
+            finish_reason: Finish::Stop,
+            text: "t".into(),
+            thinking: String::new(),
+            timings: Timings { load_ms: 1.0, prefill_ms: 2.0, ttft_ms: 30.0, decode_ms: 4.0 },
+            prefill_tokens_per_second: rate(2, Duration::from_millis(20)),
+            decode_tokens_per_second: rate(2, Duration::from_millis(40)),
+            counters: Counters::new(prefill, end, 2),
+            peak_memory_bytes: Some(70 << 20),
+            stages: Value::Null,
+            settings: Settings {
+                sampling: sampling(&Sampling::greedy()),
+                threads: 2,
+                isa: "scalar",
+                activations: "f32",
+                io: "direct",
+                readers: 8,
+                memory_bytes: 1,
+                cached_experts: 1,
+                context: 512,
+                prefill_chunk: 512,
+                experts_per_token: 4,
+                max_tokens: 3,
+                think_budget: 0,
+            },
+            lossy: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn the_summary_is_one_line_of_decode_and_prefill() {
+        assert_eq!(
+            report().summary(),
+            "prompt 2 tokens at 100.0 tok/s, first token after 0.03 s; generated 3 tokens at \
+             50.0 tok/s; expert hits 75.0 %, 1.5 MiB read a token; peak memory 70.0 MiB"
+        );
+    }
+
+    #[test]
+    fn the_object_has_totals_and_parts() {
+        let object = serde_json::to_value(report()).unwrap();
+        assert_eq!(object["finish_reason"], "stop");
+        assert_eq!(object["counters"]["misses"], 6);
+        assert_eq!(object["counters"]["prefill"]["wait_ms"], 1.5);
+        assert_eq!(object["counters"]["decode"]["hit_rate"], 0.75);
+        assert_eq!(object["settings"]["sampling"]["greedy"], true);
+    }
+
+    #[test]
+    fn the_high_water_mark_is_read_as_the_system_writes_it() {
+        assert_eq!(high_water("VmPeak:\t 9 kB\nVmHWM:\t    8192 kB\n"), Some(8192 * 1024));
+        assert_eq!(high_water("VmPeak:\t 9 kB\n"), None);
+    }
+}
