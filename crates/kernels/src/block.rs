@@ -29,6 +29,15 @@ impl ScaleType {
             Self::F32 => 4,
         }
     }
+
+    /// The format of a plain row of this type.
+    pub(crate) const fn plain(self) -> Format {
+        match self {
+            Self::Bf16 => Format::Bf16,
+            Self::F16 => Format::F16,
+            Self::F32 => Format::F32,
+        }
+    }
 }
 
 /// How the weights of a matrix are stored, row after row.

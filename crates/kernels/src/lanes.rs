@@ -55,8 +55,15 @@ macro_rules! operations {
                 let products = &mut products[..out.len()];
                 mat_vec(gate, first_row + 64 * i, x, sums.0, products);
                 mat_vec(up, first_row + 64 * i, x, sums.1, out);
-                map([products], out, |[gate], up| mul_lanes(silu_lanes(gate), up));
+                multiply_by_silu(products, out);
             }
+        }
+
+        /// `out *= silu(gate)`.
+        #[inline]
+        #[target_feature(enable = $features)]
+        pub(crate) fn multiply_by_silu(gate: &[f32], out: &mut [f32]) {
+            map([gate], out, |[gate], up| mul_lanes(silu_lanes(gate), up));
         }
 
         /// Rows of one bit width.
@@ -69,11 +76,6 @@ macro_rules! operations {
             y: &mut [f32],
         ) {
             let Format::Affine { group, scales, .. } = w.format() else { return };
-            let biases = match scales {
-                ScaleType::Bf16 => Format::Bf16,
-                ScaleType::F16 => Format::F16,
-                ScaleType::F32 => Format::F32,
-            };
             for (i, y) in y.iter_mut().enumerate() {
                 let row = w.row(first_row + i);
                 let scaled = match group {
@@ -81,7 +83,7 @@ macro_rules! operations {
                     64 => affine_dot::<BITS, 64>(row, scales, x),
                     _ => affine_dot::<BITS, 128>(row, scales, x),
                 };
-                *y = scaled + plain_dot(biases, row.biases, sums);
+                *y = scaled + plain_dot(scales.plain(), row.biases, sums);
             }
         }
 
@@ -114,7 +116,7 @@ macro_rules! operations {
         /// A row of plain floats, as little-endian bytes, times `x`.
         #[inline]
         #[target_feature(enable = $features)]
-        fn plain_dot(format: Format, row: &[u8], x: &[f32]) -> f32 {
+        pub(crate) fn plain_dot(format: Format, row: &[u8], x: &[f32]) -> f32 {
             let (whole, rest) = x.as_chunks::<LANES>();
             let done = whole.len() * LANES;
             let mut chains = [splat(0.0); 4];

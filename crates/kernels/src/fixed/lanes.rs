@@ -1,0 +1,356 @@
+//! The products in fixed point written once over the registers of an instruction set.
+//!
+//! Owns the loops. A variant file owns the primitives that differ: `Bytes` and `Ints` (a register of
+//! bytes and one of i32), `codes` (64 columns of packed weights as bytes), `dot` (adds the products
+//! of four bytes to each i32) and `step` (one row's next 64 columns). A macro for the reason given
+//! in `crate::lanes`.
+//!
+//! A tile holds `TILE_ROWS` rows as panels of `LANES` rows, `[panel][cols / 4][LANES][4]`: one
+//! register is four columns of `LANES` rows, and meets four bytes of a vector in every lane.
+
+/// Calls the instance of an operation for a format's bits and activation group.
+macro_rules! by_width {
+    ($format:expr, $operation:ident($($argument:expr),*)) => {
+        match $format {
+            Format::Affine { bits: 2, group: 32, .. } => $operation::<2, 32>($($argument),*),
+            Format::Affine { bits: 3, group: 32, .. } => $operation::<3, 32>($($argument),*),
+            Format::Affine { bits: 4, group: 32, .. } => $operation::<4, 32>($($argument),*),
+            Format::Affine { bits: 5, group: 32, .. } => $operation::<5, 32>($($argument),*),
+            Format::Affine { bits: 6, group: 32, .. } => $operation::<6, 32>($($argument),*),
+            Format::Affine { bits: 8, group: 32, .. } => $operation::<8, 32>($($argument),*),
+            Format::Affine { bits: 2, .. } => $operation::<2, 64>($($argument),*),
+            Format::Affine { bits: 3, .. } => $operation::<3, 64>($($argument),*),
+            Format::Affine { bits: 4, .. } => $operation::<4, 64>($($argument),*),
+            Format::Affine { bits: 5, .. } => $operation::<5, 64>($($argument),*),
+            Format::Affine { bits: 6, .. } => $operation::<6, 64>($($argument),*),
+            _ => $operation::<8, 64>($($argument),*),
+        }
+    };
+}
+pub(super) use by_width;
+
+/// Expands to all operations of `scalar.rs`, under the same names, with these CPU features.
+macro_rules! fixed_operations {
+    ($features:literal) => {
+        #[target_feature(enable = $features)]
+        pub(crate) fn fix(layout: FixedLayout, x: &[f32], out: &mut FixedMut) {
+            super::fix_groups(layout, x, out);
+        }
+
+        #[target_feature(enable = $features)]
+        pub(crate) fn mat_vec(w: &Rows, first_row: usize, x: &Fixed, y: &mut [f32]) {
+            by_width!(w.format(), rows(w, first_row, x, y));
+        }
+
+        #[target_feature(enable = $features)]
+        pub(crate) fn gate_up(
+            (gate, up): (&Rows, &Rows),
+            first_row: usize,
+            x: (&Fixed, &Fixed),
+            out: &mut [f32],
+        ) {
+            // Products go to the stack in blocks, so that nothing is allocated.
+            let mut products = [0.0; 64];
+            for (i, out) in out.chunks_mut(64).enumerate() {
+                let products = &mut products[..out.len()];
+                mat_vec(gate, first_row + 64 * i, x.0, products);
+                mat_vec(up, first_row + 64 * i, x.1, out);
+                floats::multiply_by_silu(products, out);
+            }
+        }
+
+        /// Rows of one bit width and one activation group.
+        #[target_feature(enable = $features)]
+        fn rows<const BITS: usize, const GROUP: usize>(
+            w: &Rows,
+            first_row: usize,
+            x: &Fixed,
+            y: &mut [f32],
+        ) {
+            let Format::Affine { scales, .. } = w.format() else { return };
+            for (i, y) in y.iter_mut().enumerate() {
+                let row = w.row(first_row + i);
+                let scaled = if x.lo.is_empty() {
+                    row_dot::<BITS, GROUP, true>((scales, row), x)
+                } else {
+                    row_dot::<BITS, GROUP, false>((scales, row), x)
+                };
+                *y = scaled + floats::plain_dot(scales.plain(), row.biases, x.sums);
+            }
+        }
+
+        /// Sum over the activation groups of `(scale * a) * sum(q * v)`.
+        #[inline]
+        #[target_feature(enable = $features)]
+        fn row_dot<const BITS: usize, const GROUP: usize, const FAST: bool>(
+            (scales, row): (ScaleType, Row),
+            x: &Fixed,
+        ) -> f32 {
+            /// Factors made at a time: an even number, for a step may take two.
+            const FACTORS: usize = 64;
+            let mut factors = [0.0; FACTORS];
+            let mut totals = [splat(0.0); 2];
+            let blocks = row.weight.chunks(FACTORS * GROUP * BITS / 8);
+            for (b, (packed, hi)) in blocks.zip(x.hi.chunks(FACTORS * GROUP)).enumerate() {
+                let lo = if FAST { hi } else { &x.lo[b * FACTORS * GROUP..][..hi.len()] };
+                let count = hi.len() / GROUP;
+                multiply_scales((scales, row), x, b * FACTORS, &mut factors[..count]);
+                let (hi, hi_rest) = hi.as_chunks::<64>();
+                let (lo, lo_rest) = lo.as_chunks::<64>();
+                let rest = &packed[hi.len() * 8 * BITS..];
+                let mut steps = packed
+                    .chunks_exact(8 * BITS)
+                    .zip(hi.iter().zip(lo))
+                    .zip(factors.chunks_exact(64 / GROUP));
+                // Two chains: one would wait for the latency of each multiply-add.
+                while let Some(((packed, (hi, lo)), factors)) = steps.next() {
+                    totals[0] = step::<BITS, GROUP, FAST>(packed, (hi, lo), factors, totals[0]);
+                    if let Some(((packed, (hi, lo)), factors)) = steps.next() {
+                        totals[1] = step::<BITS, GROUP, FAST>(packed, (hi, lo), factors, totals[1]);
+                    }
+                }
+                if !rest.is_empty() {
+                    let (packed, hi, lo) = (padded(rest), padded(hi_rest), padded(lo_rest));
+                    let factors = [factors[count - 1], 0.0];
+                    let packed = &packed[..8 * BITS];
+                    totals[0] = step::<BITS, GROUP, FAST>(packed, (&hi, &lo), &factors, totals[0]);
+                }
+            }
+            sum_lanes(add_lanes(totals[0], totals[1]))
+        }
+
+        #[target_feature(enable = $features)]
+        pub(crate) fn mat_mul(
+            w: &Rows,
+            first_row: usize,
+            xs: &Fixed,
+            y: &mut [f32],
+            tile: &mut TileMut,
+        ) {
+            let tokens = xs.hi.len() / w.cols();
+            for (i, y) in y.chunks_mut(TILE_ROWS * tokens).enumerate() {
+                let range = first_row + TILE_ROWS * i..first_row + TILE_ROWS * i + y.len() / tokens;
+                by_width!(w.format(), fill_codes(w, range.clone(), tile.codes));
+                fill_factors(w, range, tile.factors);
+                let groups = w.cols() / xs.layout.sum_group();
+                let (scales, biases) = tile.factors.split_at(groups * TILE_ROWS);
+                let tile =
+                    Tile { cols: w.cols(), codes: tile.codes, scales, biases, xs, tokens };
+                // Bytes of a tile are alike but for those that use all of their bits.
+                match (w.format(), xs.layout.scale_group()) {
+                    (Format::Affine { bits: 8, .. }, 32) => multiply_tile::<8, 32>(&tile, y),
+                    (Format::Affine { bits: 8, .. }, _) => multiply_tile::<8, 64>(&tile, y),
+                    (_, 32) => multiply_tile::<4, 32>(&tile, y),
+                    _ => multiply_tile::<4, 64>(&tile, y),
+                }
+            }
+        }
+
+        /// Unpacks rows into the panels of a tile. Rows that are missing repeat the last one.
+        #[target_feature(enable = $features)]
+        fn fill_codes<const BITS: usize, const GROUP: usize>(
+            w: &Rows,
+            range: Range<usize>,
+            tile: &mut [u8],
+        ) {
+            let cols = w.cols();
+            for (panel, tile) in tile[..TILE_ROWS * cols].chunks_exact_mut(LANES * cols).enumerate() {
+                if panel > 0 && panel * LANES >= range.len() {
+                    break;
+                }
+                let mut rows = [&[][..]; LANES];
+                for (i, row) in rows.iter_mut().enumerate() {
+                    *row = w.row((range.start + panel * LANES + i).min(range.end - 1)).weight;
+                }
+                for (step, tile) in tile.chunks_mut(64 * LANES).enumerate() {
+                    interleave::<BITS, GROUP>(&rows, step * 8 * BITS, tile);
+                }
+            }
+        }
+
+        /// The next 64 columns of `LANES` rows, from byte `start` on, as 16 registers of a panel, or
+        /// as the first eight of them where only 32 columns are left.
+        #[inline]
+        #[target_feature(enable = $features)]
+        fn interleave<const BITS: usize, const GROUP: usize>(
+            rows: &[&[u8]; LANES],
+            start: usize,
+            tile: &mut [u8],
+        ) {
+            let mut registers = [[zero_bytes(); LANES]; 64 / (4 * LANES)];
+            for (i, row) in rows.iter().enumerate() {
+                let packed = &row[start..];
+                let codes = if packed.len() >= 8 * BITS {
+                    codes::<BITS, GROUP>(&packed[..8 * BITS])
+                } else {
+                    codes::<BITS, GROUP>(&padded(packed)[..8 * BITS])
+                };
+                for (registers, codes) in registers.iter_mut().zip(codes) {
+                    registers[i] = codes;
+                }
+            }
+            let mut out = tile.as_chunks_mut::<{ 4 * LANES }>().0.iter_mut();
+            for registers in registers {
+                for (register, out) in transpose(registers).into_iter().zip(&mut out) {
+                    store_bytes(register, out);
+                }
+            }
+        }
+
+        /// Scales, then biases of rows, `[cols / group][TILE_ROWS]` each.
+        #[target_feature(enable = $features)]
+        fn fill_factors(w: &Rows, range: Range<usize>, factors: &mut [f32]) {
+            let Format::Affine { group, scales, .. } = w.format() else { return };
+            let groups = w.cols() / usize::from(group);
+            let (to_scales, to_biases) = factors.split_at_mut(groups * TILE_ROWS);
+            for first_row in (0..range.len()).step_by(LANES) {
+                let row = |i: usize| w.row((range.start + first_row + i).min(range.end - 1));
+                for first in (0..groups).step_by(LANES) {
+                    let count = LANES.min(groups - first);
+                    let mut block = [([0.0; LANES], [0.0; LANES]); LANES];
+                    for (i, (to_scales, to_biases)) in block.iter_mut().enumerate() {
+                        let row = row(i);
+                        widen_scales(scales, row.scales, first, &mut to_scales[..count]);
+                        widen_scales(scales, row.biases, first, &mut to_biases[..count]);
+                    }
+                    let scales = transpose(block.map(|(scales, _)| as_bytes(load(&scales))));
+                    let biases = transpose(block.map(|(_, biases)| as_bytes(load(&biases))));
+                    for g in 0..count {
+                        let at = (first + g) * TILE_ROWS + first_row;
+                        if let Some(to) = to_scales[at..].first_chunk_mut() {
+                            store(as_lanes(scales[g]), to);
+                        }
+                        if let Some(to) = to_biases[at..].first_chunk_mut() {
+                            store(as_lanes(biases[g]), to);
+                        }
+                    }
+                }
+            }
+        }
+
+        /// A tile times all vectors, `y [rows][tokens]`.
+        #[target_feature(enable = $features)]
+        fn multiply_tile<const BITS: usize, const GROUP: usize>(tile: &Tile, y: &mut [f32]) {
+            let mut first = 0;
+            while first < tile.tokens {
+                let count = (tile.tokens - first).min(BLOCK_TOKENS);
+                match count {
+                    1 => multiply_tokens::<BITS, GROUP, 1>(tile, first, y),
+                    2 => multiply_tokens::<BITS, GROUP, 2>(tile, first, y),
+                    3 => multiply_tokens::<BITS, GROUP, 3>(tile, first, y),
+                    4 => multiply_tokens::<BITS, GROUP, 4>(tile, first, y),
+                    5 => multiply_tokens::<BITS, GROUP, 5>(tile, first, y),
+                    _ => multiply_tokens::<BITS, GROUP, 6>(tile, first, y),
+                }
+                first += count;
+            }
+        }
+
+        /// A tile times `N` vectors.
+        #[target_feature(enable = $features)]
+        fn multiply_tokens<const BITS: usize, const GROUP: usize, const N: usize>(
+            tile: &Tile,
+            first_token: usize,
+            y: &mut [f32],
+        ) {
+            let rows = y.len() / tile.tokens;
+            for first_row in (0..rows).step_by(BLOCK_PANELS * LANES) {
+                let totals = multiply_panels::<BITS, GROUP, N>(tile, first_token, first_row);
+                for (panel, totals) in totals.into_iter().enumerate() {
+                    for (n, total) in totals.into_iter().enumerate() {
+                        let mut lanes = [0.0; LANES];
+                        store(total, &mut lanes);
+                        let first = (first_row + panel * LANES) * tile.tokens + first_token + n;
+                        for (lane, value) in lanes.into_iter().enumerate() {
+                            // Rows that are missing have no place in the result.
+                            if let Some(y) = y.get_mut(first + lane * tile.tokens) {
+                                *y = value;
+                            }
+                        }
+                    }
+                }
+            }
+        }
+
+        /// `BLOCK_PANELS` panels times `N` vectors, a row a lane.
+        #[inline]
+        #[target_feature(enable = $features)]
+        fn multiply_panels<const BITS: usize, const GROUP: usize, const N: usize>(
+            tile: &Tile,
+            first_token: usize,
+            first_row: usize,
+        ) -> [[Lanes; N]; BLOCK_PANELS] {
+            let Tile { cols, xs, .. } = tile;
+            let ratio = xs.layout.sum_group() / GROUP;
+            let steps = tile.codes[first_row * cols..].as_chunks::<{ 4 * LANES }>().0;
+            let mut panels = [steps; BLOCK_PANELS];
+            for (i, panel) in panels.iter_mut().enumerate() {
+                *panel = &steps[i * cols / 4..][..cols / 4];
+            }
+            let mut totals = [[splat(0.0); N]; BLOCK_PANELS];
+            for g in 0..cols / GROUP {
+                let codes = panels.map(|panel| &panel[g * GROUP / 4..][..GROUP / 4]);
+                let zeros = [[zero_ints(); N]; BLOCK_PANELS];
+                let part = |n: usize| (first_token + n) * cols + g * GROUP;
+                let mut sums = add_dots::<BITS, GROUP, N>(codes, xs.hi, part, zeros);
+                if !xs.lo.is_empty() {
+                    for sum in sums.as_flattened_mut() {
+                        *sum = times_128(*sum);
+                    }
+                    sums = add_dots::<BITS, GROUP, N>(codes, xs.lo, part, sums);
+                }
+                let at = g / ratio * TILE_ROWS + first_row;
+                for (p, totals) in totals.iter_mut().enumerate() {
+                    let scale = load_at(tile.scales, at + p * LANES);
+                    for (n, total) in totals.iter_mut().enumerate() {
+                        let a = splat(xs.scales[part(n) / GROUP]);
+                        *total = fma(to_floats(sums[p][n]), mul_lanes(scale, a), *total);
+                    }
+                }
+                if (g + 1).is_multiple_of(ratio) {
+                    for (p, totals) in totals.iter_mut().enumerate() {
+                        let bias = load_at(tile.biases, at + p * LANES);
+                        for (n, total) in totals.iter_mut().enumerate() {
+                            let sum = splat(xs.sums[part(n) / (GROUP * ratio)]);
+                            *total = fma(bias, sum, *total);
+                        }
+                    }
+                }
+            }
+            totals
+        }
+
+        /// Adds one group's products: `codes [panels][GROUP / 4]`, and of vector n the bytes of a
+        /// plane from `part(n)` on.
+        #[inline]
+        #[target_feature(enable = $features)]
+        fn add_dots<const BITS: usize, const GROUP: usize, const N: usize>(
+            codes: [&[[u8; 4 * LANES]]; BLOCK_PANELS],
+            plane: &[i8],
+            part: impl Fn(usize) -> usize,
+            mut sums: [[Ints; N]; BLOCK_PANELS],
+        ) -> [[Ints; N]; BLOCK_PANELS] {
+            let mut xs: [&[[i8; 4]]; N] = [&[]; N];
+            for (n, x) in xs.iter_mut().enumerate() {
+                *x = plane[part(n)..][..GROUP].as_chunks().0;
+            }
+            for step in 0..GROUP / 4 {
+                let codes = codes.map(|codes| load_bytes(&codes[step]));
+                for (n, x) in xs.iter().enumerate() {
+                    let x = broadcast(x[step]);
+                    for (p, codes) in codes.iter().enumerate() {
+                        sums[p][n] = dot::<BITS>(sums[p][n], *codes, x);
+                    }
+                }
+            }
+            sums
+        }
+
+        #[inline]
+        #[target_feature(enable = $features)]
+        fn load_at(x: &[f32], at: usize) -> Lanes {
+            x[at..].first_chunk().map_or(splat(0.0), |x| load(x))
+        }
+    };
+}
+pub(super) use fixed_operations;
