@@ -64,7 +64,7 @@ fn step<const BITS: usize, const GROUP: usize, const FAST: bool>(
         let sum = if FAST {
             _mm256_madd_epi16(pairs(hi), _mm256_set1_epi16(1))
         } else {
-            let upper = _mm256_madd_epi16(pairs(hi), _mm256_set1_epi16(128));
+            let upper = _mm256_madd_epi16(pairs(hi), _mm256_set1_epi16(256));
             _mm256_add_epi32(upper, _mm256_madd_epi16(pairs(lo), _mm256_set1_epi16(1)))
         };
         return fma(to_floats(sum), splat(factors[0]), total);
@@ -73,7 +73,7 @@ fn step<const BITS: usize, const GROUP: usize, const FAST: bool>(
     for (i, sum) in sums.iter_mut().enumerate() {
         *sum = dot::<BITS>(*sum, codes[i], hi[i]);
         if !FAST {
-            *sum = dot::<BITS>(times_128(*sum), codes[i], lo[i]);
+            *sum = dot::<BITS>(times_256(*sum), codes[i], lo[i]);
         }
     }
     if GROUP == 64 {
@@ -92,7 +92,8 @@ fn codes<const BITS: usize, const GROUP: usize>(packed: &[u8]) -> [Bytes; 2] {
     match BITS {
         2 => {
             let mask = _mm256_set1_epi8(3);
-            let shifts = |table| move |x| _mm256_and_si256(_mm256_srlv_epi64(x, words(table)), mask);
+            let shifts =
+                |table| move |x| _mm256_and_si256(_mm256_srlv_epi64(x, words(table)), mask);
             // SAFETY: the assertion found 16 bytes; the instruction needs no alignment.
             let copies = _mm256_broadcastsi128_si256(unsafe { _mm_loadu_si128(start.cast()) });
             if GROUP == 32 {
@@ -196,8 +197,8 @@ fn broadcast(x: [i8; 4]) -> Bytes {
 
 #[inline]
 #[target_feature(enable = "avx2")]
-fn times_128(x: Ints) -> Ints {
-    _mm256_slli_epi32::<7>(x)
+fn times_256(x: Ints) -> Ints {
+    _mm256_slli_epi32::<8>(x)
 }
 
 #[inline]

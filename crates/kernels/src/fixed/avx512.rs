@@ -55,7 +55,7 @@ fn step<const BITS: usize, const GROUP: usize, const FAST: bool>(
     let [codes] = codes::<BITS, GROUP>(packed);
     let mut sum = dot::<BITS>(zero_ints(), codes, signed(hi));
     if !FAST {
-        sum = dot::<BITS>(times_128(sum), codes, signed(lo));
+        sum = dot::<BITS>(times_256(sum), codes, signed(lo));
     }
     fma(to_floats(sum), of_groups::<GROUP>(factors), total)
 }
@@ -180,8 +180,8 @@ pub(super) fn broadcast(x: [i8; 4]) -> Bytes {
 
 #[inline]
 #[target_feature(enable = "avx512f")]
-pub(super) fn times_128(x: Ints) -> Ints {
-    _mm512_slli_epi32::<7>(x)
+pub(super) fn times_256(x: Ints) -> Ints {
+    _mm512_slli_epi32::<8>(x)
 }
 
 #[inline]

@@ -134,8 +134,7 @@ macro_rules! fixed_operations {
                 fill_factors(w, range, tile.factors);
                 let groups = w.cols() / xs.layout.sum_group();
                 let (scales, biases) = tile.factors.split_at(groups * TILE_ROWS);
-                let tile =
-                    Tile { cols: w.cols(), codes: tile.codes, scales, biases, xs, tokens };
+                let tile = Tile { cols: w.cols(), codes: tile.codes, scales, biases, xs, tokens };
                 // Bytes of a tile are alike but for those that use all of their bits.
                 match (w.format(), xs.layout.scale_group()) {
                     (Format::Affine { bits: 8, .. }, 32) => multiply_tile::<8, 32>(&tile, y),
@@ -154,7 +153,8 @@ macro_rules! fixed_operations {
             tile: &mut [u8],
         ) {
             let cols = w.cols();
-            for (panel, tile) in tile[..TILE_ROWS * cols].chunks_exact_mut(LANES * cols).enumerate() {
+            for (panel, tile) in tile[..TILE_ROWS * cols].chunks_exact_mut(LANES * cols).enumerate()
+            {
                 if panel > 0 && panel * LANES >= range.len() {
                     break;
                 }
@@ -295,7 +295,7 @@ macro_rules! fixed_operations {
                 let mut sums = add_dots::<BITS, GROUP, N>(codes, xs.hi, part, zeros);
                 if !xs.lo.is_empty() {
                     for sum in sums.as_flattened_mut() {
-                        *sum = times_128(*sum);
+                        *sum = times_256(*sum);
                     }
                     sums = add_dots::<BITS, GROUP, N>(codes, xs.lo, part, sums);
                 }

@@ -1,8 +1,8 @@
 //! Fixed-point activations for affine weights: integers times integers, scaled once a group.
 //!
 //! Owns the form of such vectors, their making and their products with a matrix. A vector is cut
-//! into groups of up to 64 elements; a group has one f32 scale and its elements are integers of 15
-//! bits, `v = 128 * hi + lo`, in two planes of signed bytes, or of 8 bits in one plane, which is
+//! into groups of up to 64 elements; a group has one f32 scale and its elements are integers of 16
+//! bits, `v = 256 * hi + lo`, in two planes of signed bytes, or of 8 bits in one plane, which is
 //! lossy. Refuses plain formats, which have no integers to multiply by.
 //!
 //! The one idea: the sum over a group is an exact integer, the same on every instruction set.
@@ -32,8 +32,8 @@ use crate::isa::{Isa, Kind, dispatch_fixed};
 pub const TILE_ROWS: usize = 32;
 /// Elements of a fixed vector that share a scale, at most.
 const LONGEST_GROUP: usize = 64;
-/// The largest integer of 15 bits and a sign: 128 * 127 + 127.
-const LARGEST: f32 = 16383.0;
+/// The largest integer of two signed bytes: 256 * 127 + 127.
+const LARGEST: f32 = 32639.0;
 /// The largest integer of the lossy form.
 const LARGEST_FAST: f32 = 127.0;
 /// A group with no element above this is zero: below it the reciprocal of a scale may overflow.
@@ -79,7 +79,7 @@ pub struct Fixed<'a> {
     pub layout: FixedLayout,
     /// Upper parts, or the whole of 8-bit integers: `[tokens][cols]`.
     pub hi: &'a [i8],
-    /// Lower seven bits, never negative: `[tokens][cols]`; empty for 8-bit integers.
+    /// Lower parts: `[tokens][cols]`; empty for 8-bit integers.
     pub lo: &'a [i8],
     /// `[tokens][cols / scale_group]`.
     pub scales: &'a [f32],
@@ -92,7 +92,7 @@ pub struct Fixed<'a> {
 pub struct FixedMut<'a> {
     /// Upper parts, or the whole of 8-bit integers.
     pub hi: &'a mut [i8],
-    /// Lower seven bits; empty for 8-bit integers.
+    /// Lower parts; empty for 8-bit integers.
     pub lo: &'a mut [i8],
     /// Scales of the integers.
     pub scales: &'a mut [f32],
@@ -112,7 +112,7 @@ pub struct TileMut<'a> {
 impl Isa {
     /// Brings `x [tokens][cols]` to fixed point; `lo` is empty for the lossy 8-bit form.
     ///
-    /// A group's scale is its largest magnitude over 16383 (127 in the lossy form) and its integers
+    /// A group's scale is its largest magnitude over 32639 (127 in the lossy form) and its integers
     /// are the nearest, ties to even. A NaN or an infinity makes the scale one, hence the products.
     ///
     /// # Panics
@@ -236,8 +236,9 @@ fn fix_all<const PLANES: usize, const GROUP: usize>(x: &[f32], out: &mut FixedMu
         if lo.is_empty() {
             hi[g] = v.map(|v| v as i8);
         } else {
-            hi[g] = v.map(|v| (v >> 7) as i8);
-            lo[g] = v.map(|v| (v & 127) as i8);
+            // The lower part is signed, so the upper is that of the nearest multiple of 256.
+            hi[g] = v.map(|v| ((v + 128) >> 8) as i8);
+            lo[g] = v.map(|v| v as i8);
         }
     }
 }
@@ -246,7 +247,7 @@ fn fix_all<const PLANES: usize, const GROUP: usize>(x: &[f32], out: &mut FixedMu
 #[inline(always)]
 fn integers_of<const GROUP: usize>(x: &[f32; GROUP], largest: f32) -> (f32, [i16; GROUP]) {
     // Magnitudes of floats order as their bits do, a NaN above all; integers reduce faster.
-    let max = x.iter().fold(0, |max: u32, x| max.max(x.to_bits() & 0x7fff_ffff));
+    let max = x.iter().fold(0, |max: u32, x| max.max(x.abs().to_bits()));
     let max = f32::from_bits(max);
     if max < TINY {
         return (0.0, [0; GROUP]);

@@ -70,7 +70,7 @@ fn step<const BITS: usize, const GROUP: usize, const FAST: bool>(
             sum = dot::<BITS>(sum, codes[i], hi[i]);
         }
         if !FAST {
-            sum = times_128(sum);
+            sum = times_256(sum);
             for i in group {
                 sum = dot::<BITS>(sum, codes[i], lo[i]);
             }
@@ -185,8 +185,8 @@ pub(super) fn broadcast(x: [i8; 4]) -> Bytes {
 
 #[inline]
 #[target_feature(enable = "neon")]
-pub(super) fn times_128(x: Ints) -> Ints {
-    vshlq_n_s32::<7>(x)
+pub(super) fn times_256(x: Ints) -> Ints {
+    vshlq_n_s32::<8>(x)
 }
 
 #[inline]

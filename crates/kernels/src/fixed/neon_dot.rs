@@ -11,7 +11,7 @@ use std::ops::Range;
 use super::lanes::{by_width, fixed_operations};
 use super::neon::{
     BLOCK_PANELS, BLOCK_TOKENS, Bytes, Ints, as_bytes, as_lanes, broadcast, codes, load_bytes,
-    signed, store_bytes, times_128, to_floats, transpose, zero_bytes, zero_ints,
+    signed, store_bytes, times_256, to_floats, transpose, zero_bytes, zero_ints,
 };
 use super::{
     Fixed, FixedLayout, FixedMut, TILE_ROWS, Tile, TileMut, multiply_scales, padded, widen_scales,
@@ -72,7 +72,7 @@ fn step<const BITS: usize, const GROUP: usize, const FAST: bool>(
             sum = dot::<BITS>(sum, codes[i], hi[i]);
         }
         if !FAST {
-            sum = times_128(sum);
+            sum = times_256(sum);
             for i in group {
                 sum = dot::<BITS>(sum, codes[i], lo[i]);
             }

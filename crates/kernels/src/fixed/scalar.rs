@@ -66,5 +66,5 @@ fn integer_at(xs: &Fixed, first: usize, k: usize) -> i32 {
     let planes = usize::from(xs.layout.planes);
     let at = first + k % planes * (xs.layout.scale_group() / planes) + k / planes;
     let hi = i32::from(xs.hi[at]);
-    xs.lo.get(at).map_or(hi, |lo| 128 * hi + i32::from(*lo))
+    xs.lo.get(at).map_or(hi, |lo| 256 * hi + i32::from(*lo))
 }

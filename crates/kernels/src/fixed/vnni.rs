@@ -10,7 +10,7 @@ use std::ops::Range;
 
 use super::avx512::{
     BLOCK_PANELS, BLOCK_TOKENS, Bytes, Ints, as_bytes, as_lanes, broadcast, codes, load_bytes,
-    of_groups, signed, store_bytes, times_128, to_floats, transpose, zero_bytes, zero_ints,
+    of_groups, signed, store_bytes, times_256, to_floats, transpose, zero_bytes, zero_ints,
 };
 use super::lanes::{by_width, fixed_operations};
 use super::{
@@ -42,7 +42,7 @@ fn step<const BITS: usize, const GROUP: usize, const FAST: bool>(
     let [codes] = codes::<BITS, GROUP>(packed);
     let mut sum = dot::<BITS>(zero_ints(), codes, signed(hi));
     if !FAST {
-        sum = dot::<BITS>(times_128(sum), codes, signed(lo));
+        sum = dot::<BITS>(times_256(sum), codes, signed(lo));
     }
     fma(to_floats(sum), of_groups::<GROUP>(factors), total)
 }
