@@ -143,7 +143,7 @@ pub(crate) fn widen_f16(bytes: &[u8; 2 * LANES]) -> Lanes {
 
 #[inline]
 #[target_feature(enable = "avx2,f16c,fma")]
-fn widen_f32(bytes: &[u8; 4 * LANES]) -> Lanes {
+pub(crate) fn widen_f32(bytes: &[u8; 4 * LANES]) -> Lanes {
     // SAFETY: the reference is to 32 readable bytes; the instruction needs no alignment.
     unsafe { _mm256_loadu_ps(bytes.as_ptr().cast()) }
 }

@@ -127,7 +127,7 @@ pub(crate) fn widen_f16(bytes: &[u8; 2 * LANES]) -> Lanes {
 
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn widen_f32(bytes: &[u8; 4 * LANES]) -> Lanes {
+pub(crate) fn widen_f32(bytes: &[u8; 4 * LANES]) -> Lanes {
     // SAFETY: the reference is to 64 readable bytes; the instruction needs no alignment.
     unsafe { _mm512_loadu_ps(bytes.as_ptr().cast()) }
 }

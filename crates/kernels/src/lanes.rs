@@ -116,7 +116,7 @@ macro_rules! operations {
         /// A row of plain floats, as little-endian bytes, times `x`.
         #[inline]
         #[target_feature(enable = $features)]
-        pub(crate) fn plain_dot(format: Format, row: &[u8], x: &[f32]) -> f32 {
+        fn plain_dot(format: Format, row: &[u8], x: &[f32]) -> f32 {
             let (whole, rest) = x.as_chunks::<LANES>();
             let done = whole.len() * LANES;
             let mut chains = [splat(0.0); 4];
@@ -468,7 +468,7 @@ macro_rules! operations {
         /// The first elements, as many as there are lanes, padded with zeros.
         #[inline]
         #[target_feature(enable = $features)]
-        fn load_part(x: &[f32]) -> Lanes {
+        pub(crate) fn load_part(x: &[f32]) -> Lanes {
             if let Some(whole) = x.first_chunk() {
                 return load(whole);
             }

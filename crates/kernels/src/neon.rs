@@ -150,7 +150,7 @@ pub(crate) fn widen_f16(bytes: &[u8; 2 * LANES]) -> Lanes {
 
 #[inline]
 #[target_feature(enable = "neon")]
-fn widen_f32(bytes: &[u8; 4 * LANES]) -> Lanes {
+pub(crate) fn widen_f32(bytes: &[u8; 4 * LANES]) -> Lanes {
     // SAFETY: the reference is to 16 readable bytes.
     vreinterpretq_f32_u8(unsafe { vld1q_u8(bytes.as_ptr()) })
 }

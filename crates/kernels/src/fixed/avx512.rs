@@ -10,14 +10,11 @@ use std::arch::x86_64::*;
 use std::ops::Range;
 
 use super::lanes::{by_width, fixed_operations};
-use super::{
-    Fixed, FixedLayout, FixedMut, TILE_ROWS, Tile, TileMut, multiply_scales, padded, spread,
-    widen_scales,
-};
+use super::{FACTORS, Fixed, FixedLayout, FixedMut, TILE_ROWS, Tile, TileMut, padded, spread};
 use crate::avx512::{
     self as floats, LANES, Lanes, add_lanes, fma, load, mul_lanes, splat, store, sum_lanes,
 };
-use crate::block::{Format, Row, Rows, ScaleType};
+use crate::block::{Format, Row, Rows, ScaleType, scale_at};
 
 pub(super) type Bytes = __m512i;
 pub(super) type Ints = __m512i;
@@ -169,6 +166,31 @@ pub(super) fn signed(x: &[i8; 4 * LANES]) -> Bytes {
 pub(super) fn store_bytes(x: Bytes, to: &mut [u8; 4 * LANES]) {
     // SAFETY: the reference is to 64 writable bytes; the instruction needs no alignment.
     unsafe { _mm512_storeu_si512(to.as_mut_ptr().cast(), x) }
+}
+
+/// The first `N` bytes, at most 64, or all that there are with zeros after them.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+pub(super) fn first_bytes<const N: usize>(bytes: &[u8]) -> [u8; N] {
+    if let Some(whole) = bytes.first_chunk() {
+        return *whole;
+    }
+    let mut out = [0; 64];
+    // SAFETY: the mask reads the bytes of the slice, fewer than `N`, and no others.
+    let loaded = unsafe { _mm512_maskz_loadu_epi8((1 << bytes.len()) - 1, bytes.as_ptr().cast()) };
+    store_bytes(loaded, &mut out);
+    *out.first_chunk().unwrap_or(&[0; N])
+}
+
+/// The first floats, as many as there are lanes; zero where there are none.
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(super) fn first_floats(x: &[f32]) -> Lanes {
+    if let Some(whole) = x.first_chunk() {
+        return load(whole);
+    }
+    // SAFETY: the mask reads the floats of the slice, fewer than 16, and no others.
+    unsafe { _mm512_maskz_loadu_ps((1 << x.len()) - 1, x.as_ptr()) }
 }
 
 /// Four bytes in every lane.

@@ -69,54 +69,97 @@ macro_rules! fixed_operations {
         ) {
             let Format::Affine { scales, .. } = w.format() else { return };
             for (i, y) in y.iter_mut().enumerate() {
-                let row = w.row(first_row + i);
-                let scaled = if x.lo.is_empty() {
-                    row_dot::<BITS, GROUP, true>((scales, row), x)
+                let row = (scales, w.row(first_row + i));
+                *y = if x.lo.is_empty() {
+                    row_dot::<BITS, GROUP, true>(row, x)
                 } else {
-                    row_dot::<BITS, GROUP, false>((scales, row), x)
+                    row_dot::<BITS, GROUP, false>(row, x)
                 };
-                *y = scaled + floats::plain_dot(scales.plain(), row.biases, x.sums);
             }
         }
 
-        /// Sum over the activation groups of `(scale * a) * sum(q * v)`.
+        /// Sum over the activation groups of `(scale * a) * sum(q * v)`, plus `biases . sums`.
         #[inline]
         #[target_feature(enable = $features)]
         fn row_dot<const BITS: usize, const GROUP: usize, const FAST: bool>(
             (scales, row): (ScaleType, Row),
             x: &Fixed,
         ) -> f32 {
-            /// Factors made at a time: an even number, for a step may take two.
-            const FACTORS: usize = 64;
+            let groups = x.scales.len();
             let mut factors = [0.0; FACTORS];
-            let mut totals = [splat(0.0); 2];
-            let blocks = row.weight.chunks(FACTORS * GROUP * BITS / 8);
-            for (b, (packed, hi)) in blocks.zip(x.hi.chunks(FACTORS * GROUP)).enumerate() {
-                let lo = if FAST { hi } else { &x.lo[b * FACTORS * GROUP..][..hi.len()] };
-                let count = hi.len() / GROUP;
-                multiply_scales((scales, row), x, b * FACTORS, &mut factors[..count]);
+            let mut totals = [splat(0.0), times_biases((scales, row), x.sums)];
+            for first in (0..groups).step_by(FACTORS) {
+                let count = FACTORS.min(groups - first);
+                multiply_scales((scales, row), x, first, &mut factors);
+                let packed = &row.weight[first * GROUP * BITS / 8..][..count * GROUP * BITS / 8];
+                let hi = &x.hi[first * GROUP..][..count * GROUP];
+                let lo = if FAST { hi } else { &x.lo[first * GROUP..][..count * GROUP] };
                 let (hi, hi_rest) = hi.as_chunks::<64>();
                 let (lo, lo_rest) = lo.as_chunks::<64>();
-                let rest = &packed[hi.len() * 8 * BITS..];
-                let mut steps = packed
-                    .chunks_exact(8 * BITS)
-                    .zip(hi.iter().zip(lo))
-                    .zip(factors.chunks_exact(64 / GROUP));
                 // Two chains: one would wait for the latency of each multiply-add.
-                while let Some(((packed, (hi, lo)), factors)) = steps.next() {
-                    totals[0] = step::<BITS, GROUP, FAST>(packed, (hi, lo), factors, totals[0]);
-                    if let Some(((packed, (hi, lo)), factors)) = steps.next() {
-                        totals[1] = step::<BITS, GROUP, FAST>(packed, (hi, lo), factors, totals[1]);
-                    }
+                for i in 0..hi.len() {
+                    let packed = &packed[i * 8 * BITS..][..8 * BITS];
+                    let factors = &factors[i * 64 / GROUP..][..64 / GROUP];
+                    let total =
+                        step::<BITS, GROUP, FAST>(packed, (&hi[i], &lo[i]), factors, totals[0]);
+                    totals = [totals[1], total];
                 }
-                if !rest.is_empty() {
-                    let (packed, hi, lo) = (padded(rest), padded(hi_rest), padded(lo_rest));
+                if !hi_rest.is_empty() {
+                    let packed = padded(&packed[hi.len() * 8 * BITS..]);
+                    let (hi, lo) = (padded(hi_rest), padded(lo_rest));
                     let factors = [factors[count - 1], 0.0];
                     let packed = &packed[..8 * BITS];
                     totals[0] = step::<BITS, GROUP, FAST>(packed, (&hi, &lo), &factors, totals[0]);
                 }
             }
             sum_lanes(add_lanes(totals[0], totals[1]))
+        }
+
+        /// The first of the bytes as scales, as many as there are lanes; zero where there are none.
+        #[inline]
+        #[target_feature(enable = $features)]
+        fn widen(scales: ScaleType, bytes: &[u8]) -> Lanes {
+            match scales {
+                ScaleType::Bf16 => floats::widen_bf16(&first_bytes(bytes)),
+                ScaleType::F16 => floats::widen_f16(&first_bytes(bytes)),
+                ScaleType::F32 => floats::widen_f32(&first_bytes(bytes)),
+            }
+        }
+
+        /// `factors[i] = scale * a` of the activation groups from `first` on.
+        #[inline]
+        #[target_feature(enable = $features)]
+        fn multiply_scales(
+            (scales, row): (ScaleType, Row),
+            x: &Fixed,
+            first: usize,
+            factors: &mut [f32; FACTORS],
+        ) {
+            let bytes = LANES * scales.bytes();
+            let a = &x.scales[first..];
+            if x.layout.sum_group() == x.layout.scale_group() {
+                let row = row.scales[first * scales.bytes()..].chunks(bytes);
+                let to = factors.as_chunks_mut::<LANES>().0.iter_mut();
+                for ((to, row), a) in to.zip(row).zip(a.chunks(LANES)) {
+                    store(mul_lanes(widen(scales, row), first_floats(a)), to);
+                }
+            } else {
+                for (i, (to, a)) in factors.iter_mut().zip(a).enumerate() {
+                    *to = scale_at(scales, row.scales, (first + i) / 2) * a;
+                }
+            }
+        }
+
+        /// The products of biases and sums, spread over the lanes.
+        #[inline]
+        #[target_feature(enable = $features)]
+        fn times_biases((scales, row): (ScaleType, Row), sums: &[f32]) -> Lanes {
+            let mut total = splat(0.0);
+            let biases = row.biases.chunks(LANES * scales.bytes());
+            for (biases, sums) in biases.zip(sums.chunks(LANES)) {
+                total = fma(widen(scales, biases), first_floats(sums), total);
+            }
+            total
         }
 
         #[target_feature(enable = $features)]
@@ -207,14 +250,13 @@ macro_rules! fixed_operations {
                 let row = |i: usize| w.row((range.start + first_row + i).min(range.end - 1));
                 for first in (0..groups).step_by(LANES) {
                     let count = LANES.min(groups - first);
-                    let mut block = [([0.0; LANES], [0.0; LANES]); LANES];
-                    for (i, (to_scales, to_biases)) in block.iter_mut().enumerate() {
-                        let row = row(i);
-                        widen_scales(scales, row.scales, first, &mut to_scales[..count]);
-                        widen_scales(scales, row.biases, first, &mut to_biases[..count]);
+                    let mut block = [[zero_bytes(); LANES]; 2];
+                    for i in 0..LANES {
+                        let (row, start) = (row(i), first * scales.bytes());
+                        block[0][i] = as_bytes(widen(scales, &row.scales[start..]));
+                        block[1][i] = as_bytes(widen(scales, &row.biases[start..]));
                     }
-                    let scales = transpose(block.map(|(scales, _)| as_bytes(load(&scales))));
-                    let biases = transpose(block.map(|(_, biases)| as_bytes(load(&biases))));
+                    let [scales, biases] = block.map(|rows| transpose(rows));
                     for g in 0..count {
                         let at = (first + g) * TILE_ROWS + first_row;
                         if let Some(to) = to_scales[at..].first_chunk_mut() {

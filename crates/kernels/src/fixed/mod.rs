@@ -24,14 +24,15 @@ pub(crate) mod neon_dot;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod vnni;
 
-use crate::block::{Format, Row, Rows, ScaleType, f32_at, u16_at};
-use crate::float::{bf16_to_f32, f16_to_f32};
+use crate::block::{Format, Rows};
 use crate::isa::{Isa, Kind, dispatch_fixed};
 
 /// Rows that a tile of `mat_mul_fixed` holds.
 pub const TILE_ROWS: usize = 32;
 /// Elements of a fixed vector that share a scale, at most.
 const LONGEST_GROUP: usize = 64;
+/// Factors of a row made at a time: a whole number of registers, and of steps.
+const FACTORS: usize = 64;
 /// The largest integer of two signed bytes: 256 * 127 + 127.
 const LARGEST: f32 = 32639.0;
 /// The largest integer of the lossy form.
@@ -274,46 +275,15 @@ fn in_planes<const PLANES: usize, const GROUP: usize>(v: &[i16; GROUP]) -> [i16;
     out
 }
 
-/// Elements `first..first + out.len()` of a row's scales or biases, widened.
+/// The first `N` bytes, or all that there are with zeros after them.
+#[cfg(any(target_arch = "aarch64", target_arch = "x86_64"))]
 #[inline(always)]
-fn widen_scales(scales: ScaleType, bytes: &[u8], first: usize, out: &mut [f32]) {
-    let bytes = &bytes[first * scales.bytes()..][..out.len() * scales.bytes()];
-    match scales {
-        ScaleType::Bf16 => {
-            for (k, out) in out.iter_mut().enumerate() {
-                *out = bf16_to_f32(u16_at(bytes, k));
-            }
-        }
-        ScaleType::F16 => {
-            for (k, out) in out.iter_mut().enumerate() {
-                *out = f16_to_f32(u16_at(bytes, k));
-            }
-        }
-        ScaleType::F32 => {
-            for (k, out) in out.iter_mut().enumerate() {
-                *out = f32_at(bytes, k);
-            }
-        }
-    }
-}
-
-/// `factors[i] = weight scale * activation scale` of the vector's groups from `first` on.
-#[inline(always)]
-fn multiply_scales(w: (ScaleType, Row), x: &Fixed, first: usize, factors: &mut [f32]) {
-    let (scales, row) = w;
-    let ratio = x.layout.sum_group() / x.layout.scale_group();
-    if ratio == 1 {
-        widen_scales(scales, row.scales, first, factors);
-    } else {
-        let (halves, count) = (factors.len() / 2, factors.len());
-        widen_scales(scales, row.scales, first / 2, &mut factors[..halves]);
-        for i in (0..count).rev() {
-            factors[i] = factors[i / 2];
-        }
-    }
-    for (factor, a) in factors.iter_mut().zip(&x.scales[first..]) {
-        *factor *= a;
-    }
+fn first_bytes<const N: usize>(bytes: &[u8]) -> [u8; N] {
+    bytes.first_chunk().copied().unwrap_or_else(|| {
+        let mut out = [0; N];
+        out[..bytes.len()].copy_from_slice(bytes);
+        out
+    })
 }
 
 /// The last bytes of a row, or the last elements of a vector, with zeros after them.

@@ -11,12 +11,12 @@ use std::ops::Range;
 
 use super::lanes::{by_width, fixed_operations};
 use super::{
-    Fixed, FixedLayout, FixedMut, TILE_ROWS, Tile, TileMut, multiply_scales, padded, spread,
-    widen_scales,
+    FACTORS, Fixed, FixedLayout, FixedMut, TILE_ROWS, Tile, TileMut, first_bytes, padded, spread,
 };
-use crate::block::{Format, Row, Rows, ScaleType};
+use crate::block::{Format, Row, Rows, ScaleType, scale_at};
 use crate::neon::{
-    self as floats, LANES, Lanes, add_lanes, fma, load, mul_lanes, splat, store, sum_lanes,
+    self as floats, LANES, Lanes, add_lanes, fma, load, load_part as first_floats, mul_lanes,
+    splat, store, sum_lanes,
 };
 
 pub(super) type Bytes = uint8x16_t;

@@ -13,12 +13,11 @@ use super::neon::{
     BLOCK_PANELS, BLOCK_TOKENS, Bytes, Ints, as_bytes, as_lanes, broadcast, codes, load_bytes,
     signed, store_bytes, times_256, to_floats, transpose, zero_bytes, zero_ints,
 };
-use super::{
-    Fixed, FixedLayout, FixedMut, TILE_ROWS, Tile, TileMut, multiply_scales, padded, widen_scales,
-};
-use crate::block::{Format, Row, Rows, ScaleType};
+use super::{FACTORS, Fixed, FixedLayout, FixedMut, TILE_ROWS, Tile, TileMut, first_bytes, padded};
+use crate::block::{Format, Row, Rows, ScaleType, scale_at};
 use crate::neon::{
-    self as floats, LANES, Lanes, add_lanes, fma, load, mul_lanes, splat, store, sum_lanes,
+    self as floats, LANES, Lanes, add_lanes, fma, load, load_part as first_floats, mul_lanes,
+    splat, store, sum_lanes,
 };
 
 fixed_operations!("neon,dotprod");
