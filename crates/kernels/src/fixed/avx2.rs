@@ -192,7 +192,8 @@ fn store_bytes(x: Bytes, to: &mut [u8; 4 * LANES]) {
 #[inline]
 #[target_feature(enable = "avx2")]
 fn broadcast(x: [i8; 4]) -> Bytes {
-    _mm256_set1_epi32(i32::from_le_bytes(x.map(i8::cast_unsigned)))
+    let [a, b, c, d] = x;
+    _mm256_set1_epi32(i32::from_ne_bytes([a as u8, b as u8, c as u8, d as u8]))
 }
 
 #[inline]

@@ -122,7 +122,8 @@ pub(super) fn transpose(rows: [Bytes; LANES]) -> [Bytes; LANES] {
     // Then a 4 by 4 matrix of quarters for each place in them.
     let mut out = quarters;
     for place in 0..4 {
-        let [a, b, c, d] = [0, 4, 8, 12].map(|i| quarters[i + place]);
+        let (a, b) = (quarters[place], quarters[place + 4]);
+        let (c, d) = (quarters[place + 8], quarters[place + 12]);
         let ab_even = _mm512_shuffle_i32x4::<0b10_00_10_00>(a, b);
         let ab_odd = _mm512_shuffle_i32x4::<0b11_01_11_01>(a, b);
         let cd_even = _mm512_shuffle_i32x4::<0b10_00_10_00>(c, d);
@@ -197,7 +198,8 @@ pub(super) fn first_floats(x: &[f32]) -> Lanes {
 #[inline]
 #[target_feature(enable = "avx512f")]
 pub(super) fn broadcast(x: [i8; 4]) -> Bytes {
-    _mm512_set1_epi32(i32::from_le_bytes(x.map(i8::cast_unsigned)))
+    let [a, b, c, d] = x;
+    _mm512_set1_epi32(i32::from_ne_bytes([a as u8, b as u8, c as u8, d as u8]))
 }
 
 #[inline]

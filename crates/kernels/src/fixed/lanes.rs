@@ -179,11 +179,9 @@ macro_rules! fixed_operations {
                 let (scales, biases) = tile.factors.split_at(groups * TILE_ROWS);
                 let tile = Tile { cols: w.cols(), codes: tile.codes, scales, biases, xs, tokens };
                 // Bytes of a tile are alike but for those that use all of their bits.
-                match (w.format(), xs.layout.scale_group()) {
-                    (Format::Affine { bits: 8, .. }, 32) => multiply_tile::<8, 32>(&tile, y),
-                    (Format::Affine { bits: 8, .. }, _) => multiply_tile::<8, 64>(&tile, y),
-                    (_, 32) => multiply_tile::<4, 32>(&tile, y),
-                    _ => multiply_tile::<4, 64>(&tile, y),
+                match w.format() {
+                    Format::Affine { bits: 8, .. } => multiply_tile::<8>(&tile, y),
+                    _ => multiply_tile::<4>(&tile, y),
                 }
             }
         }
@@ -234,7 +232,7 @@ macro_rules! fixed_operations {
             }
             let mut out = tile.as_chunks_mut::<{ 4 * LANES }>().0.iter_mut();
             for registers in registers {
-                for (register, out) in transpose(registers).into_iter().zip(&mut out) {
+                for (register, out) in transpose(registers).into_iter().zip(out.by_ref()) {
                     store_bytes(register, out);
                 }
             }
@@ -256,7 +254,7 @@ macro_rules! fixed_operations {
                         block[0][i] = as_bytes(widen(scales, &row.scales[start..]));
                         block[1][i] = as_bytes(widen(scales, &row.biases[start..]));
                     }
-                    let [scales, biases] = block.map(|rows| transpose(rows));
+                    let (scales, biases) = (transpose(block[0]), transpose(block[1]));
                     for g in 0..count {
                         let at = (first + g) * TILE_ROWS + first_row;
                         if let Some(to) = to_scales[at..].first_chunk_mut() {
@@ -272,17 +270,17 @@ macro_rules! fixed_operations {
 
         /// A tile times all vectors, `y [rows][tokens]`.
         #[target_feature(enable = $features)]
-        fn multiply_tile<const BITS: usize, const GROUP: usize>(tile: &Tile, y: &mut [f32]) {
+        fn multiply_tile<const BITS: usize>(tile: &Tile, y: &mut [f32]) {
             let mut first = 0;
             while first < tile.tokens {
                 let count = (tile.tokens - first).min(BLOCK_TOKENS);
                 match count {
-                    1 => multiply_tokens::<BITS, GROUP, 1>(tile, first, y),
-                    2 => multiply_tokens::<BITS, GROUP, 2>(tile, first, y),
-                    3 => multiply_tokens::<BITS, GROUP, 3>(tile, first, y),
-                    4 => multiply_tokens::<BITS, GROUP, 4>(tile, first, y),
-                    5 => multiply_tokens::<BITS, GROUP, 5>(tile, first, y),
-                    _ => multiply_tokens::<BITS, GROUP, 6>(tile, first, y),
+                    1 => multiply_tokens::<BITS, 1>(tile, first, y),
+                    2 => multiply_tokens::<BITS, 2>(tile, first, y),
+                    3 => multiply_tokens::<BITS, 3>(tile, first, y),
+                    4 => multiply_tokens::<BITS, 4>(tile, first, y),
+                    5 => multiply_tokens::<BITS, 5>(tile, first, y),
+                    _ => multiply_tokens::<BITS, 6>(tile, first, y),
                 }
                 first += count;
             }
@@ -290,23 +288,22 @@ macro_rules! fixed_operations {
 
         /// A tile times `N` vectors.
         #[target_feature(enable = $features)]
-        fn multiply_tokens<const BITS: usize, const GROUP: usize, const N: usize>(
+        fn multiply_tokens<const BITS: usize, const N: usize>(
             tile: &Tile,
             first_token: usize,
             y: &mut [f32],
         ) {
             let rows = y.len() / tile.tokens;
             for first_row in (0..rows).step_by(BLOCK_PANELS * LANES) {
-                let totals = multiply_panels::<BITS, GROUP, N>(tile, first_token, first_row);
-                for (panel, totals) in totals.into_iter().enumerate() {
-                    for (n, total) in totals.into_iter().enumerate() {
-                        let mut lanes = [0.0; LANES];
-                        store(total, &mut lanes);
+                let mut totals = [[[0.0; LANES]; N]; BLOCK_PANELS];
+                multiply_panels::<BITS, N>(tile, (first_row, first_token), &mut totals);
+                for (panel, totals) in totals.iter().enumerate() {
+                    for (n, lanes) in totals.iter().enumerate() {
                         let first = (first_row + panel * LANES) * tile.tokens + first_token + n;
-                        for (lane, value) in lanes.into_iter().enumerate() {
+                        for (lane, value) in lanes.iter().enumerate() {
                             // Rows that are missing have no place in the result.
                             if let Some(y) = y.get_mut(first + lane * tile.tokens) {
-                                *y = value;
+                                *y = *value;
                             }
                         }
                     }
@@ -317,71 +314,91 @@ macro_rules! fixed_operations {
         /// `BLOCK_PANELS` panels times `N` vectors, a row a lane.
         #[inline]
         #[target_feature(enable = $features)]
-        fn multiply_panels<const BITS: usize, const GROUP: usize, const N: usize>(
+        fn multiply_panels<const BITS: usize, const N: usize>(
             tile: &Tile,
-            first_token: usize,
-            first_row: usize,
-        ) -> [[Lanes; N]; BLOCK_PANELS] {
-            let Tile { cols, xs, .. } = tile;
-            let ratio = xs.layout.sum_group() / GROUP;
+            (first_row, first_token): (usize, usize),
+            out: &mut [[[f32; LANES]; N]; BLOCK_PANELS],
+        ) {
+            let Tile { cols, xs, .. } = *tile;
+            // The group is a variable here: unrolled, its steps would not fit the registers.
+            let group = xs.layout.scale_group();
+            let ratio = xs.layout.sum_group() / group;
             let steps = tile.codes[first_row * cols..].as_chunks::<{ 4 * LANES }>().0;
-            let mut panels = [steps; BLOCK_PANELS];
-            for (i, panel) in panels.iter_mut().enumerate() {
-                *panel = &steps[i * cols / 4..][..cols / 4];
-            }
             let mut totals = [[splat(0.0); N]; BLOCK_PANELS];
-            for g in 0..cols / GROUP {
-                let codes = panels.map(|panel| &panel[g * GROUP / 4..][..GROUP / 4]);
-                let zeros = [[zero_ints(); N]; BLOCK_PANELS];
-                let part = |n: usize| (first_token + n) * cols + g * GROUP;
-                let mut sums = add_dots::<BITS, GROUP, N>(codes, xs.hi, part, zeros);
+            for g in 0..cols / group {
+                let mut codes = [steps; BLOCK_PANELS];
+                for (p, codes) in codes.iter_mut().enumerate() {
+                    *codes = &steps[(p * cols + g * group) / 4..][..group / 4];
+                }
+                let first = first_token * cols + g * group;
+                let mut sums = [[zero_ints(); N]; BLOCK_PANELS];
+                sums = add_dots::<BITS, N>(codes, &xs.hi[first..], cols, sums);
                 if !xs.lo.is_empty() {
-                    for sum in sums.as_flattened_mut() {
-                        *sum = times_256(*sum);
+                    for p in 0..BLOCK_PANELS {
+                        for n in 0..N {
+                            sums[p][n] = times_256(sums[p][n]);
+                        }
                     }
-                    sums = add_dots::<BITS, GROUP, N>(codes, xs.lo, part, sums);
+                    sums = add_dots::<BITS, N>(codes, &xs.lo[first..], cols, sums);
                 }
                 let at = g / ratio * TILE_ROWS + first_row;
-                for (p, totals) in totals.iter_mut().enumerate() {
+                let a = &xs.scales[first / group..];
+                for p in 0..BLOCK_PANELS {
                     let scale = load_at(tile.scales, at + p * LANES);
-                    for (n, total) in totals.iter_mut().enumerate() {
-                        let a = splat(xs.scales[part(n) / GROUP]);
-                        *total = fma(to_floats(sums[p][n]), mul_lanes(scale, a), *total);
+                    for n in 0..N {
+                        let factor = mul_lanes(scale, splat(a[n * (cols / group)]));
+                        totals[p][n] = fma(to_floats(sums[p][n]), factor, totals[p][n]);
                     }
                 }
                 if (g + 1).is_multiple_of(ratio) {
-                    for (p, totals) in totals.iter_mut().enumerate() {
+                    let sums = &xs.sums[first / (group * ratio)..];
+                    for p in 0..BLOCK_PANELS {
                         let bias = load_at(tile.biases, at + p * LANES);
-                        for (n, total) in totals.iter_mut().enumerate() {
-                            let sum = splat(xs.sums[part(n) / (GROUP * ratio)]);
-                            *total = fma(bias, sum, *total);
+                        for n in 0..N {
+                            let sum = splat(sums[n * (cols / (group * ratio))]);
+                            totals[p][n] = fma(bias, sum, totals[p][n]);
                         }
                     }
                 }
             }
-            totals
+            for p in 0..BLOCK_PANELS {
+                for n in 0..N {
+                    store(totals[p][n], &mut out[p][n]);
+                }
+            }
         }
 
-        /// Adds one group's products: `codes [panels][GROUP / 4]`, and of vector n the bytes of a
-        /// plane from `part(n)` on.
+        /// Adds one group's products: `codes [panels][group / 4]`, and of `N` vectors, `cols` apart,
+        /// as many bytes of a plane.
         #[inline]
         #[target_feature(enable = $features)]
-        fn add_dots<const BITS: usize, const GROUP: usize, const N: usize>(
+        fn add_dots<const BITS: usize, const N: usize>(
             codes: [&[[u8; 4 * LANES]]; BLOCK_PANELS],
             plane: &[i8],
-            part: impl Fn(usize) -> usize,
+            cols: usize,
             mut sums: [[Ints; N]; BLOCK_PANELS],
         ) -> [[Ints; N]; BLOCK_PANELS] {
-            let mut xs: [&[[i8; 4]]; N] = [&[]; N];
+            // Four steps at a time: their addresses are then computed once.
+            let turns = codes[0].len() / 4;
+            let mut xs: [&[[[i8; 4]; 4]]; N] = [&[]; N];
             for (n, x) in xs.iter_mut().enumerate() {
-                *x = plane[part(n)..][..GROUP].as_chunks().0;
+                *x = &plane[n * cols..].as_chunks().0.as_chunks().0[..turns];
             }
-            for step in 0..GROUP / 4 {
-                let codes = codes.map(|codes| load_bytes(&codes[step]));
-                for (n, x) in xs.iter().enumerate() {
-                    let x = broadcast(x[step]);
-                    for (p, codes) in codes.iter().enumerate() {
-                        sums[p][n] = dot::<BITS>(sums[p][n], *codes, x);
+            let mut panels: [&[[[u8; 4 * LANES]; 4]]; BLOCK_PANELS] = [&[]; BLOCK_PANELS];
+            for (panel, codes) in panels.iter_mut().zip(codes) {
+                *panel = &codes.as_chunks().0[..turns];
+            }
+            let mut registers = [zero_bytes(); BLOCK_PANELS];
+            for turn in 0..turns {
+                for step in 0..4 {
+                    for p in 0..BLOCK_PANELS {
+                        registers[p] = load_bytes(&panels[p][turn][step]);
+                    }
+                    for n in 0..N {
+                        let x = broadcast(xs[n][turn][step]);
+                        for p in 0..BLOCK_PANELS {
+                            sums[p][n] = dot::<BITS>(sums[p][n], registers[p], x);
+                        }
                     }
                 }
             }
@@ -391,7 +408,10 @@ macro_rules! fixed_operations {
         #[inline]
         #[target_feature(enable = $features)]
         fn load_at(x: &[f32], at: usize) -> Lanes {
-            x[at..].first_chunk().map_or(splat(0.0), |x| load(x))
+            match x[at..].first_chunk() {
+                Some(x) => load(x),
+                None => splat(0.0),
+            }
         }
     };
 }

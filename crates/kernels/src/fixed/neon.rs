@@ -98,9 +98,9 @@ pub(super) fn codes<const BITS: usize, const GROUP: usize>(packed: &[u8]) -> [By
             if GROUP == 64 {
                 return planes;
             }
-            let [a, b, c, d] = planes.map(|plane| vreinterpretq_u64_u8(plane));
-            [vzip1q_u64(a, b), vzip1q_u64(c, d), vzip2q_u64(a, b), vzip2q_u64(c, d)]
-                .map(|pair| vreinterpretq_u8_u64(pair))
+            let [a, b, c, d] = planes;
+            let [first, second] = [low_halves(a, b), low_halves(c, d)];
+            [first, second, high_halves(a, b), high_halves(c, d)]
         }
         4 => {
             let halves = packed.as_chunks().0;
@@ -121,26 +121,43 @@ pub(super) fn codes<const BITS: usize, const GROUP: usize>(packed: &[u8]) -> [By
 #[inline]
 #[target_feature(enable = "neon")]
 fn load_four(quarters: &[[u8; 16]]) -> [Bytes; 4] {
-    [0, 1, 2, 3].map(|i: usize| load_bytes(&quarters[i]))
+    let [a, b, c, d] = [&quarters[0], &quarters[1], &quarters[2], &quarters[3]];
+    [load_bytes(a), load_bytes(b), load_bytes(c), load_bytes(d)]
+}
+
+#[inline]
+#[target_feature(enable = "neon")]
+fn low_halves(a: Bytes, b: Bytes) -> Bytes {
+    vreinterpretq_u8_u64(vzip1q_u64(vreinterpretq_u64_u8(a), vreinterpretq_u64_u8(b)))
+}
+
+#[inline]
+#[target_feature(enable = "neon")]
+fn high_halves(a: Bytes, b: Bytes) -> Bytes {
+    vreinterpretq_u8_u64(vzip2q_u64(vreinterpretq_u64_u8(a), vreinterpretq_u64_u8(b)))
 }
 
 /// A 4 by 4 matrix of i32, rows to columns.
 #[inline]
 #[target_feature(enable = "neon")]
 pub(super) fn transpose(rows: [Bytes; LANES]) -> [Bytes; LANES] {
-    let [a, b, c, d] = rows.map(|row| vreinterpretq_u32_u8(row));
-    let pair = |x, y| {
-        let (low, high) = (vtrn1q_u32(x, y), vtrn2q_u32(x, y));
-        (vreinterpretq_u64_u32(low), vreinterpretq_u64_u32(high))
-    };
-    let ((ab_even, ab_odd), (cd_even, cd_odd)) = (pair(a, b), pair(c, d));
+    let [a, b, c, d] = rows;
+    let (ab_even, ab_odd) = pairs(a, b);
+    let (cd_even, cd_odd) = pairs(c, d);
     [
-        vtrn1q_u64(ab_even, cd_even),
-        vtrn1q_u64(ab_odd, cd_odd),
-        vtrn2q_u64(ab_even, cd_even),
-        vtrn2q_u64(ab_odd, cd_odd),
+        low_halves(ab_even, cd_even),
+        low_halves(ab_odd, cd_odd),
+        high_halves(ab_even, cd_even),
+        high_halves(ab_odd, cd_odd),
     ]
-    .map(|column| vreinterpretq_u8_u64(column))
+}
+
+/// The even i32 of two registers side by side, and the odd ones.
+#[inline]
+#[target_feature(enable = "neon")]
+fn pairs(a: Bytes, b: Bytes) -> (Bytes, Bytes) {
+    let (a, b) = (vreinterpretq_u32_u8(a), vreinterpretq_u32_u8(b));
+    (vreinterpretq_u8_u32(vtrn1q_u32(a, b)), vreinterpretq_u8_u32(vtrn2q_u32(a, b)))
 }
 
 #[inline]
@@ -165,8 +182,11 @@ pub(super) fn load_bytes(x: &[u8; 4 * LANES]) -> Bytes {
 #[inline]
 #[target_feature(enable = "neon")]
 pub(super) fn signed(x: &[i8; 64]) -> [Bytes; 4] {
+    let start = x.as_ptr().cast::<u8>();
     // SAFETY: the reference is to 64 readable bytes and the largest offset is 48.
-    [0, 16, 32, 48].map(|at: usize| unsafe { vld1q_u8(x.as_ptr().add(at).cast()) })
+    unsafe {
+        [vld1q_u8(start), vld1q_u8(start.add(16)), vld1q_u8(start.add(32)), vld1q_u8(start.add(48))]
+    }
 }
 
 #[inline]
@@ -180,7 +200,8 @@ pub(super) fn store_bytes(x: Bytes, to: &mut [u8; 4 * LANES]) {
 #[inline]
 #[target_feature(enable = "neon")]
 pub(super) fn broadcast(x: [i8; 4]) -> Bytes {
-    vreinterpretq_u8_s32(vdupq_n_s32(i32::from_le_bytes(x.map(i8::cast_unsigned))))
+    let [a, b, c, d] = x;
+    vreinterpretq_u8_s32(vdupq_n_s32(i32::from_ne_bytes([a as u8, b as u8, c as u8, d as u8])))
 }
 
 #[inline]
