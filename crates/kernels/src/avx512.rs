@@ -8,15 +8,18 @@
 
 use std::arch::x86_64::*;
 
-use crate::DeltaHead;
 use crate::block::{Format, Row, Rows, ScaleType, f32_at, scale_at, u16_at};
 use crate::float::{bf16_to_f32, f16_to_f32};
 use crate::lanes::operations;
+use crate::{Block, DeltaHead};
 
 pub(crate) type Lanes = __m512;
 pub(crate) const LANES: usize = 16;
 /// Registers of one block of columns in `delta_step`: a whole row of a 128-wide state.
 const STATE_LANES: usize = 8;
+/// Rows and vectors of one block of a product: two sums for each pair stay in registers.
+const BLOCK_ROWS: usize = 4;
+const BLOCK_TOKENS: usize = 3;
 
 operations!("avx512f,avx512bw,avx512dq,avx512vl,f16c,fma");
 

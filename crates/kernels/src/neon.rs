@@ -9,15 +9,18 @@
 use std::arch::aarch64::*;
 use std::arch::asm;
 
-use crate::DeltaHead;
 use crate::block::{Format, Row, Rows, ScaleType, f32_at, scale_at, u16_at};
 use crate::float::{bf16_to_f32, f16_to_f32};
 use crate::lanes::operations;
+use crate::{Block, DeltaHead};
 
 pub(crate) type Lanes = float32x4_t;
 pub(crate) const LANES: usize = 4;
 /// Registers of one block of columns in `delta_step`: two sets of sums fit in 32 registers.
 const STATE_LANES: usize = 8;
+/// Rows and vectors of one block of a product: two sums for each pair stay in registers.
+const BLOCK_ROWS: usize = 4;
+const BLOCK_TOKENS: usize = 3;
 
 operations!("neon");
 
