@@ -1,11 +1,12 @@
 //! Matrices times token rows, spread over the worker pool.
 //!
-//! One token is a matrix-vector product on the packed weights; several tokens unpack each row once
-//! and multiply it by all of them. How rows are split over threads never changes a result.
+//! One token is a matrix-vector product on the packed weights; several tokens unpack a tile of rows
+//! once and multiply it by all of them. Activations meet affine weights in f32 or in fixed point, as
+//! `Arithmetic` says. How rows are split over threads never changes a result.
 
 use std::cell::RefCell;
 
-use flash_moe_kernels::{Format, Isa, Rows};
+use flash_moe_kernels::{Fixed, FixedLayout, FixedMut, Format, Isa, Rows, TILE_ROWS, TileMut};
 
 use crate::pool::Pool;
 
@@ -26,103 +27,244 @@ pub fn with_scratch<T>(len: usize, work: impl FnOnce(&mut [f32]) -> T) -> T {
     })
 }
 
-/// The instruction set and the threads.
+/// In what numbers activations meet affine weights. Plain weights always meet f32.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Arithmetic {
+    /// f32.
+    #[default]
+    Exact,
+    /// Integers of 16 bits with a scale for each group: relative error 2e-5 of a product.
+    Fixed16,
+    /// Integers of 8 bits with a scale for each group: lossy, relative error 5e-3.
+    Fast8,
+}
+
+/// The instruction set, the threads and the numbers.
 pub struct Compute {
     /// Kernels to use.
     pub isa: Isa,
     /// Threads to use.
     pub pool: Pool,
+    /// Numbers to use.
+    pub arithmetic: Arithmetic,
+}
+
+/// What the products with one vector, or with several, need beside it.
+#[derive(Default)]
+pub struct Activations {
+    layout: Option<FixedLayout>, // of the fixed form; none if the vector is used as it is
+    hi: Vec<i8>,                 // [tokens][cols]
+    lo: Vec<i8>,                 // [tokens][cols], empty for 8 bits
+    scales: Vec<f32>,            // [tokens][cols / scale_group]
+    sums: Vec<f32>,              // [tokens][cols / group], empty for plain weights
+}
+
+impl Activations {
+    /// Floats needed for so many elements.
+    pub const fn floats(elements: usize) -> usize {
+        // Two bytes, and a scale and a sum in every 32 at most.
+        elements.div_ceil(2) + elements.div_ceil(16)
+    }
+
+    /// Part number `part` of `parts` equal ones of the vectors; `x` is that part of the original.
+    pub fn part<'a>(&'a self, x: &'a [f32], part: usize, parts: usize) -> Input<'a> {
+        fn cut<T>(all: &[T], part: usize, parts: usize) -> &[T] {
+            let len = all.len() / parts;
+            &all[part * len..][..len]
+        }
+        let sums = cut(&self.sums, part, parts);
+        let fixed = self.layout.map(|layout| Fixed {
+            layout,
+            hi: cut(&self.hi, part, parts),
+            lo: cut(&self.lo, part, parts),
+            scales: cut(&self.scales, part, parts),
+            sums,
+        });
+        Input { x, sums, fixed }
+    }
+}
+
+/// Vectors in the form in which they meet a matrix.
+#[derive(Clone, Copy)]
+pub struct Input<'a> {
+    x: &'a [f32],
+    sums: &'a [f32],
+    fixed: Option<Fixed<'a>>,
+}
+
+impl Input<'_> {
+    /// `y[i] = w[first_row + i] . x` of one vector.
+    pub fn mat_vec(&self, isa: Isa, w: &Rows, first_row: usize, y: &mut [f32]) {
+        match &self.fixed {
+            Some(x) => isa.mat_vec_fixed(w, first_row, x, y),
+            None => isa.mat_vec(w, first_row, self.x, self.sums, y),
+        }
+    }
+
+    /// `y[i][t] = w[first_row + i] . x[t]` of several; `scratch` has `multiply_floats`.
+    fn multiply(&self, isa: Isa, w: &Rows, first_row: usize, y: &mut [f32], scratch: &mut [f32]) {
+        let Some(xs) = &self.fixed else {
+            return isa.mat_mul(w, first_row, self.x, y, scratch);
+        };
+        let (codes, factors) = scratch.split_at_mut(TILE_ROWS * w.cols() / size_of::<f32>());
+        let mut tile = TileMut { codes: bytemuck::cast_slice_mut(codes), factors };
+        isa.mat_mul_fixed(w, first_row, xs, y, &mut tile);
+    }
+}
+
+/// Scratch of a product with several vectors: 16 rows in f32, which is more than a tile.
+pub const fn multiply_floats(cols: usize) -> usize {
+    16 * cols
+}
+
+/// `out[i] = silu(gate[first_row + i] . x) * (up[first_row + i] . x)` of one vector, in the forms
+/// for `gate` and for `up`, both fixed or neither.
+pub fn gate_up_rows(
+    isa: Isa,
+    (gate, up): (&Rows, &Rows),
+    first_row: usize,
+    (x, other_x): (Input, Input),
+    out: &mut [f32],
+) {
+    match (&x.fixed, &other_x.fixed) {
+        (Some(x), Some(other_x)) => {
+            isa.gate_up_fixed((gate, up), first_row, (x, other_x), out);
+        }
+        _ => isa.gate_up(gate, up, first_row, x.x, (x.sums, other_x.sums), out),
+    }
 }
 
 /// Buffers that a projection needs beside its input and output.
 #[derive(Default)]
 pub struct Temporary {
-    /// Group sums of one token, `[cols / group]`.
-    pub sums: Vec<f32>,
-    /// A second matrix's group sums, where its group differs.
-    pub other_sums: Vec<f32>,
+    /// The input in the form for a matrix.
+    input: Activations,
+    /// The input in the form for a second matrix, where that differs.
+    other_input: Activations,
+    other_differs: bool,
     /// Output before it is transposed, `[rows][tokens]`.
-    pub transposed: Vec<f32>,
+    transposed: Vec<f32>,
+}
+
+impl Temporary {
+    /// Floats needed beside those of an input of so many elements and an output of so many.
+    pub const fn floats(input: usize, output: usize) -> usize {
+        2 * Activations::floats(input) + output
+    }
+
+    /// `x` as [`Compute::prepare_pair`] has prepared it.
+    pub fn pair<'a>(&'a self, x: &'a [f32]) -> (Input<'a>, Input<'a>) {
+        let other = if self.other_differs { &self.other_input } else { &self.input };
+        (self.input.part(x, 0, 1), other.part(x, 0, 1))
+    }
 }
 
 impl Compute {
     /// `y = W x` for each token: `x [tokens][cols]`, `y [tokens][rows]`.
     pub fn project(&self, w: &Rows, x: &[f32], y: &mut [f32], tmp: &mut Temporary) {
+        self.project_in(self.arithmetic, w, x, y, tmp);
+    }
+
+    /// As [`Compute::project`], in f32 whatever the arithmetic.
+    pub fn project_exact(&self, w: &Rows, x: &[f32], y: &mut [f32], tmp: &mut Temporary) {
+        self.project_in(Arithmetic::Exact, w, x, y, tmp);
+    }
+
+    fn project_in(
+        &self,
+        arithmetic: Arithmetic,
+        w: &Rows,
+        x: &[f32],
+        y: &mut [f32],
+        tmp: &mut Temporary,
+    ) {
         let tokens = x.len() / w.cols();
         debug_assert_eq!(y.len(), tokens * w.rows());
+        self.prepare(arithmetic, w.format(), x, &mut tmp.input);
+        let input = tmp.input.part(x, 0, 1);
         if tokens == 1 {
-            self.group_sums(w.format(), x, &mut tmp.sums);
             let rows = item_rows(w);
-            let sums = &tmp.sums;
-            self.pool.chunks(y, rows, |i, y| self.isa.mat_vec(w, i * rows, x, sums, y));
+            self.pool.chunks(y, rows, |i, y| input.mat_vec(self.isa, w, i * rows, y));
             return;
         }
         let transposed = sized(&mut tmp.transposed, y.len());
-        self.project_transposed(w, x, transposed);
-        self.transpose(transposed, w.rows(), y);
-    }
-
-    /// As [`Compute::project`] with `y [rows][tokens]`, unpacking each row once.
-    pub fn project_transposed(&self, w: &Rows, x: &[f32], y: &mut [f32]) {
-        let tokens = x.len() / w.cols();
-        let rows = item_rows(w);
-        self.pool.chunks(y, rows * tokens, |i, y| {
-            with_scratch(w.cols(), |row| {
-                for (r, y) in y.chunks_mut(tokens).enumerate() {
-                    self.isa.unpack_row(w, i * rows + r, row);
-                    self.isa.dots(row, x, y);
-                }
+        self.pool.chunks(transposed, TILE_ROWS * tokens, |i, y| {
+            with_scratch(multiply_floats(w.cols()), |scratch| {
+                input.multiply(self.isa, w, i * TILE_ROWS, y, scratch);
             });
         });
+        self.transpose(transposed, w.rows(), y);
     }
 
     /// `silu(G x) * (U x)` for each token: `x [tokens][cols]`, `out [tokens][rows]`.
     pub fn gate_up(&self, w: (&Rows, &Rows), x: &[f32], out: &mut [f32], tmp: &mut Temporary) {
         let (gate, up) = w;
         let tokens = x.len() / gate.cols();
+        self.prepare_pair((gate.format(), up.format()), x, tmp);
         if tokens == 1 {
-            self.group_sums(gate.format(), x, &mut tmp.sums);
-            self.group_sums(up.format(), x, &mut tmp.other_sums);
-            let rows = item_rows(gate);
-            let sums = (&tmp.sums[..], &tmp.other_sums[..]);
+            let (rows, input) = (item_rows(gate), tmp.pair(x));
             self.pool.chunks(out, rows, |i, out| {
-                self.isa.gate_up(gate, up, i * rows, x, sums, out);
+                gate_up_rows(self.isa, w, i * rows, input, out);
             });
             return;
         }
-        let transposed = sized(&mut tmp.transposed, out.len());
-        let rows = item_rows(gate);
-        self.pool.chunks(transposed, rows * tokens, |i, y| {
-            with_scratch(gate.cols() + 2 * tokens, |scratch| {
-                let (row, products) = scratch.split_at_mut(gate.cols());
-                let (g, u) = products.split_at_mut(tokens);
-                for (r, y) in y.chunks_mut(tokens).enumerate() {
-                    self.isa.unpack_row(gate, i * rows + r, row);
-                    self.isa.dots(row, x, g);
-                    self.isa.unpack_row(up, i * rows + r, row);
-                    self.isa.dots(row, x, u);
-                    self.isa.silu_mul(g, u, y);
-                }
+        let mut transposed = std::mem::take(&mut tmp.transposed);
+        let (input, other_input) = tmp.pair(x);
+        self.pool.chunks(sized(&mut transposed, out.len()), TILE_ROWS * tokens, |i, y| {
+            let unpacked = multiply_floats(gate.cols());
+            with_scratch(unpacked + 2 * y.len(), |scratch| {
+                let (scratch, products) = scratch.split_at_mut(unpacked);
+                let (g, u) = products.split_at_mut(y.len());
+                input.multiply(self.isa, gate, i * TILE_ROWS, g, scratch);
+                other_input.multiply(self.isa, up, i * TILE_ROWS, u, scratch);
+                self.isa.silu_mul(g, u, y);
             });
         });
-        self.transpose(transposed, gate.rows(), out);
+        self.transpose(&transposed, gate.rows(), out);
+        tmp.transposed = transposed;
+    }
+
+    /// Brings vectors into the form in which they meet matrices of a format.
+    pub fn prepare(&self, arithmetic: Arithmetic, format: Format, x: &[f32], to: &mut Activations) {
+        to.layout = FixedLayout::of(format).filter(|_| arithmetic != Arithmetic::Exact);
+        let Some(layout) = to.layout else {
+            match format {
+                Format::Affine { group, .. } => {
+                    let group = usize::from(group);
+                    self.isa.group_sums(x, group, sized(&mut to.sums, x.len() / group));
+                }
+                Format::Bf16 | Format::F16 | Format::F32 => to.sums.clear(),
+            }
+            return;
+        };
+        let lo_len = if arithmetic == Arithmetic::Fixed16 { x.len() } else { 0 };
+        let mut out = FixedMut {
+            hi: sized(&mut to.hi, x.len()),
+            lo: sized(&mut to.lo, lo_len),
+            scales: sized(&mut to.scales, x.len() / layout.scale_group()),
+            sums: sized(&mut to.sums, x.len() / layout.sum_group()),
+        };
+        self.isa.fix(layout, x, &mut out);
+    }
+
+    /// Brings vectors into the forms for two matrices: fixed only if both formats can be.
+    pub fn prepare_pair(&self, formats: (Format, Format), x: &[f32], tmp: &mut Temporary) {
+        let layouts = (FixedLayout::of(formats.0), FixedLayout::of(formats.1));
+        let arithmetic = match layouts {
+            (Some(_), Some(_)) => self.arithmetic,
+            _ => Arithmetic::Exact,
+        };
+        tmp.other_differs = layouts.0 != layouts.1;
+        self.prepare(arithmetic, formats.0, x, &mut tmp.input);
+        if tmp.other_differs {
+            self.prepare(arithmetic, formats.1, x, &mut tmp.other_input);
+        }
     }
 
     /// Root-mean-square norm of each token row: `x`, `out` `[tokens][w.len()]`.
     pub fn norm(&self, x: &[f32], w: &[f32], eps: f32, out: &mut [f32]) {
         for (x, out) in x.chunks_exact(w.len()).zip(out.chunks_exact_mut(w.len())) {
             self.isa.rms_norm(x, w, eps, out);
-        }
-    }
-
-    /// Sums of `x` over the format's groups; empty for plain formats.
-    pub fn group_sums(&self, format: Format, x: &[f32], sums: &mut Vec<f32>) {
-        match format {
-            Format::Affine { group, .. } => {
-                let group = usize::from(group);
-                self.isa.group_sums(x, group, sized(sums, x.len() / group));
-            }
-            _ => sums.clear(),
         }
     }
 
@@ -167,7 +309,11 @@ mod tests {
             (0..tokens * cols).map(|i| ((i * 29 % 83) as f32 - 41.0) / 32.0).collect();
         let mut results = Vec::new();
         for threads in [1, 3] {
-            let compute = Compute { isa: Isa::detect(), pool: Pool::new(threads) };
+            let compute = Compute {
+                isa: Isa::detect(),
+                pool: Pool::new(threads),
+                arithmetic: Arithmetic::Exact,
+            };
             let mut tmp = Temporary::default();
             let mut many = vec![0.0; tokens * rows];
             compute.project(&w, &x, &mut many, &mut tmp);

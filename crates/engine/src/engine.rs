@@ -7,7 +7,7 @@
 use flash_moe_kernels::Isa;
 
 use crate::budget::Budget;
-use crate::compute::Compute;
+use crate::compute::{Arithmetic, Compute};
 use crate::container::{Container, RecordLayout};
 use crate::error::{Error, Result};
 use crate::layer::lookahead::Lookahead;
@@ -23,6 +23,8 @@ pub struct Options {
     pub threads: usize,
     /// Kernels.
     pub isa: Isa,
+    /// Numbers in which activations meet quantised weights; the router's are always f32.
+    pub arithmetic: Arithmetic,
     /// Memory the process may use in all; `None` measures what is free.
     pub memory_bytes: Option<u64>,
     /// Tokens of context; `None` takes a default within the model's limit.
@@ -66,7 +68,11 @@ impl Engine {
             &container,
             StoreOptions { slots: budget.slots, readers: options.readers, io: options.io },
         )?;
-        let compute = Compute { isa: options.isa, pool: Pool::new(options.threads) };
+        let compute = Compute {
+            isa: options.isa,
+            pool: Pool::new(options.threads),
+            arithmetic: options.arithmetic,
+        };
         Ok(Self { container, budget, options: options.clone(), weights, store, compute })
     }
 

@@ -23,6 +23,7 @@ pub mod session;
 mod compute;
 mod layer;
 
+pub use compute::Arithmetic;
 pub use layer::lookahead::Lookahead;
 
 pub mod kv_cache;

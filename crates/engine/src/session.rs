@@ -8,7 +8,9 @@ use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::time::Instant;
 
-use crate::compute::{Temporary, sized};
+use flash_moe_kernels::TILE_ROWS;
+
+use crate::compute::{Temporary, multiply_floats, sized};
 use crate::engine::{Engine, Options};
 use crate::error::{Error, Result};
 use crate::kv_cache::KvCache;
@@ -446,9 +448,10 @@ impl Scratch {
             + delta
             + Routes::floats(moe.experts, top_k, tokens)
             + ExpertScratch::floats(moe, hidden, width, (tokens, top_k))
-            + tokens * widest
+            + Temporary::floats(tokens * widest, tokens * widest)
             + shape.vocab;
-        let thread = context.max(delta_thread).max(widest + 2 * tokens);
+        let multiply = multiply_floats(widest) + 2 * TILE_ROWS * tokens;
+        let thread = context.max(delta_thread).max(multiply);
         ((session + options.threads * thread) * size_of::<f32>()) as u64
     }
 }

@@ -16,7 +16,7 @@ use flash_moe_engine::engine::{Engine, Options};
 use flash_moe_engine::session::Session;
 use flash_moe_engine::shape::{ExpertId, LayerId, TokenId};
 use flash_moe_engine::store::{ExpertStore, IoMode, Landed, StoreOptions};
-use flash_moe_engine::{Error, Lookahead};
+use flash_moe_engine::{Arithmetic, Error, Lookahead};
 use flash_moe_kernels::Isa;
 use tempfile::TempDir;
 
@@ -143,6 +143,7 @@ fn options() -> Options {
     Options {
         threads: 2,
         isa: Isa::detect(),
+        arithmetic: Arithmetic::Exact,
         memory_bytes: Some(512 << 20),
         context: Some(64),
         io: IoMode::Buffered,

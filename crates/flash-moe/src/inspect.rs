@@ -7,12 +7,12 @@
 use std::collections::BTreeMap;
 
 use anyhow::Result;
-use flash_moe_engine::Lookahead;
 use flash_moe_engine::budget::Budget;
 use flash_moe_engine::container::{Container, ExpertFile, Precision};
 use flash_moe_engine::engine::Options;
 use flash_moe_engine::shape::{Family, Mix, Shape};
 use flash_moe_engine::store::IoMode;
+use flash_moe_engine::{Arithmetic, Lookahead};
 use indicatif::DecimalBytes;
 use serde_json::{Value, json};
 
@@ -174,6 +174,7 @@ fn unlimited() -> Options {
     Options {
         threads: std::thread::available_parallelism().map_or(1, std::num::NonZero::get),
         isa: flash_moe_kernels::Isa::detect(),
+        arithmetic: Arithmetic::default(),
         memory_bytes: Some(u64::MAX),
         context: None,
         io: IoMode::Auto,

@@ -10,7 +10,7 @@ use std::time::Instant;
 
 use flash_moe_kernels::Rows;
 
-use crate::compute::{Compute, Temporary, item_rows, sized};
+use crate::compute::{Activations, Compute, Temporary, gate_up_rows, item_rows, sized};
 use crate::container::RecordLayout;
 use crate::error::Result;
 use crate::layer::router::Routes;
@@ -25,7 +25,7 @@ pub struct ExpertScratch {
     gathered: Vec<f32>,    // [tokens of an expert][hidden]
     active: Vec<f32>,      // [tokens or experts][width]
     outputs: Vec<f32>,     // [experts or tokens][hidden]
-    sums: Vec<f32>,        // [experts][width / group]
+    middle: Activations,   // of the ready experts, `[experts][width]`
     gates: Vec<f32>,       // [tokens], of the shared expert
     landed_at: Vec<usize>, // [top_k], place in `outputs` of each rank's expert
     by_expert: Vec<Pair>,
@@ -60,7 +60,8 @@ impl ExpertScratch {
         (tokens, top_k): (usize, usize),
     ) -> usize {
         let rows = tokens.max(top_k);
-        rows * (2 * hidden + width + moe.width / 32) + 4 * tokens * top_k
+        let middle = Activations::floats(top_k * moe.width);
+        rows * (2 * hidden + width) + middle + 4 * tokens * top_k
     }
 }
 
@@ -130,8 +131,8 @@ fn one_token(
     (input.reading)(tmp);
     shared(compute, input, scratch, tmp, timing, out);
 
-    compute.group_sums(input.layout.gate.precision.format(), input.x, &mut tmp.sums);
-    compute.group_sums(input.layout.up.precision.format(), input.x, &mut tmp.other_sums);
+    let (gate, up) = (input.layout.gate.precision.format(), input.layout.up.precision.format());
+    compute.prepare_pair((gate, up), input.x, tmp);
     sized(&mut scratch.outputs, top_k * hidden);
     sized(&mut scratch.landed_at, top_k);
     let mut ready = Landed::new();
@@ -170,25 +171,26 @@ fn landed(
     let (width, hidden) = (layout.gate.rows, layout.down.rows);
     let active = sized(&mut scratch.active, ready.len() * width);
     let rows = even_rows(&layout.gate.rows(&ready[0].1));
+    let x = tmp.pair(input.x);
     compute.pool.chunks(active, rows, |i, out| {
         let (slot, first) = (i * rows / width, i * rows % width);
         let record = &ready[slot].1;
         let (gate, up) = (layout.gate.rows(record), layout.up.rows(record));
-        isa.gate_up(&gate, &up, first, input.x, (&tmp.sums, &tmp.other_sums), out);
+        gate_up_rows(isa, (&gate, &up), first, x, out);
     });
 
     let active = &scratch.active;
     // Groups never straddle two experts' activations: a width is a whole number of groups.
-    compute.group_sums(layout.down.precision.format(), active, &mut scratch.sums);
-    let groups = scratch.sums.len() / ready.len();
-    let sums = &scratch.sums;
+    let format = layout.down.precision.format();
+    compute.prepare(compute.arithmetic, format, active, &mut scratch.middle);
+    let middle = &scratch.middle;
     let rows = even_rows(&layout.down.rows(&ready[0].1));
     let outputs = &mut scratch.outputs[done * hidden..][..ready.len() * hidden];
     compute.pool.chunks(outputs, rows, |i, out| {
         let (slot, first) = (i * rows / hidden, i * rows % hidden);
         let down = layout.down.rows(&ready[slot].1);
-        let x = &active[slot * width..][..width];
-        isa.mat_vec(&down, first, x, &sums[slot * groups..][..groups], out);
+        let x = middle.part(&active[slot * width..][..width], slot, ready.len());
+        x.mat_vec(isa, &down, first, out);
     });
 }
 

@@ -48,7 +48,8 @@ pub fn route(
     let tokens = x.len() / router.cols();
     let experts = router.row_count();
     let logits = sized(&mut routes.logits, tokens * experts);
-    compute.project(&router.rows(), x, logits, tmp);
+    // Whatever the arithmetic elsewhere: a near tie must not fall the other way.
+    compute.project_exact(&router.rows(), x, logits, tmp);
     routes.experts.clear();
     routes.weights.clear();
     let probabilities = sized(&mut routes.probabilities, experts);

@@ -7,11 +7,11 @@ use std::thread;
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
-use flash_moe_engine::Lookahead;
 use flash_moe_engine::container::Container;
 use flash_moe_engine::engine::Options;
 use flash_moe_engine::store::IoMode;
 use flash_moe_engine::tokenizer::{TOKENIZER_FILE, Tokenizer};
+use flash_moe_engine::{Arithmetic, Lookahead};
 use flash_moe_kernels::Isa;
 
 use super::{environment, size};
@@ -160,6 +160,7 @@ impl EngineArgs {
         Ok(Options {
             threads: self.threads.unwrap_or_else(cores),
             isa: self.isa.resolve()?,
+            arithmetic: Arithmetic::default(),
             memory_bytes: self.memory,
             context,
             io: self.io.mode(),

@@ -267,8 +267,8 @@ fn integers_of<const GROUP: usize>(x: &[f32; GROUP], largest: f32) -> (f32, [i16
 #[inline(always)]
 fn in_planes<const PLANES: usize, const GROUP: usize>(v: &[i16; GROUP]) -> [i16; GROUP] {
     let mut out = [0; GROUP];
-    for p in 0..PLANES {
-        for i in 0..GROUP / PLANES {
+    for i in 0..GROUP / PLANES {
+        for p in 0..PLANES {
             out[p * (GROUP / PLANES) + i] = v[PLANES * i + p];
         }
     }
