@@ -12,7 +12,8 @@ use std::ops::Range;
 
 use super::lanes::{by_width, fixed_operations};
 use super::{
-    FACTORS, Fixed, FixedLayout, FixedMut, TILE_ROWS, Tile, TileMut, first_bytes, padded, spread,
+    FACTORS, Fixed, FixedLayout, FixedMut, TILE_ROWS, Tile, TileMut, first_bytes, padded,
+    quarter_start, windows,
 };
 use crate::avx2::{
     self as floats, LANES, Lanes, add_lanes, fma, load, load_part as first_floats, mul_lanes,
@@ -124,12 +125,49 @@ fn codes<const BITS: usize, const GROUP: usize>(packed: &[u8]) -> [Bytes; 2] {
             let (halves, _) = packed.as_chunks();
             [load_bytes(&halves[0]), load_bytes(&halves[1])]
         }
-        _ => {
-            let spread = spread::<BITS>(packed);
-            let (halves, _) = spread.as_chunks();
-            [load_bytes(&halves[0]), load_bytes(&halves[1])]
-        }
+        _ => spread::<BITS>(packed),
     }
+}
+
+/// 64 elements of a bit stream, which may straddle bytes, in `8 * BITS` bytes.
+#[inline]
+#[target_feature(enable = "avx2")]
+pub(super) fn spread<const BITS: usize>(packed: &[u8]) -> [Bytes; 2] {
+    let [a, b] = [spread_quarter::<BITS>(packed, 0), spread_quarter::<BITS>(packed, 1)];
+    let [c, d] = [spread_quarter::<BITS>(packed, 2), spread_quarter::<BITS>(packed, 3)];
+    // Packing goes by halves of registers.
+    [
+        _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packus_epi16(a, b)),
+        _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packus_epi16(c, d)),
+    ]
+}
+
+/// 16 elements of the 64, as i16.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn spread_quarter<const BITS: usize>(packed: &[u8], quarter: usize) -> Bytes {
+    assert!(packed.len() == 8 * BITS && BITS > 2);
+    let start = quarter_start(BITS, quarter);
+    // SAFETY: `start + 16` is at most the length that the assertion found.
+    let bytes = unsafe { _mm_loadu_si128(packed.as_ptr().add(start).cast()) };
+    let windows = load_bytes(&const { &windows(BITS) }[quarter]);
+    let pairs = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(bytes), windows);
+    // A product moves each element to the top of its lane and drops what was above it.
+    let factors = load_bytes(const { &top_factors(BITS) });
+    _mm256_srl_epi16(_mm256_mullo_epi16(pairs, factors), _mm_cvtsi32_si128(16 - BITS as i32))
+}
+
+/// For each of 16 elements, the i16 that moves it to the top: a power of two.
+const fn top_factors(bits: usize) -> [u8; 32] {
+    let mut out = [0; 32];
+    let mut k = 0;
+    while k < 16 {
+        let factor = (1u16 << (16 - bits - k * bits % 8)).to_le_bytes();
+        out[2 * k] = factor[0];
+        out[2 * k + 1] = factor[1];
+        k += 1;
+    }
+    out
 }
 
 /// An 8 by 8 matrix of i32, rows to columns.

@@ -10,7 +10,7 @@ use std::arch::x86_64::*;
 use std::ops::Range;
 
 use super::lanes::{by_width, fixed_operations};
-use super::{FACTORS, Fixed, FixedLayout, FixedMut, TILE_ROWS, Tile, TileMut, padded, spread};
+use super::{FACTORS, Fixed, FixedLayout, FixedMut, TILE_ROWS, Tile, TileMut, padded};
 use crate::avx512::{
     self as floats, LANES, Lanes, add_lanes, fma, load, mul_lanes, splat, store, sum_lanes,
 };
@@ -90,7 +90,10 @@ pub(super) fn codes<const BITS: usize, const GROUP: usize>(packed: &[u8]) -> [By
         }
         // SAFETY: the assertion found 64 bytes; the instruction needs no alignment.
         (8, _) => unsafe { _mm512_loadu_si512(start.cast()) },
-        _ => load_bytes(&spread::<BITS>(packed)),
+        _ => {
+            let [low, high] = super::avx2::spread::<BITS>(packed);
+            _mm512_inserti64x4::<1>(_mm512_castsi256_si512(low), high)
+        }
     };
     [codes]
 }

@@ -294,17 +294,31 @@ fn padded<T: Copy + Default>(from: &[T]) -> [T; 64] {
     out
 }
 
-/// Elements of a bit stream of `BITS`-wide integers, eight at a time, in their own order.
-#[inline(always)]
-fn spread<const BITS: usize>(packed: &[u8]) -> [u8; 64] {
-    let mut out = [0; 64];
-    for (packed, out) in packed.chunks_exact(BITS).zip(out.as_chunks_mut::<8>().0) {
-        let mut word = [0; 8];
-        word[..BITS].copy_from_slice(packed);
-        let word = u64::from_le_bytes(word);
-        for (k, out) in out.iter_mut().enumerate() {
-            *out = (word >> (k * BITS)) as u8 & (u8::MAX >> (8 - BITS));
+/// For the 16 elements of quarter `quarter` of a step of 64: where a load of 16 bytes begins that
+/// holds them and does not pass the end of the step.
+#[cfg(any(target_arch = "aarch64", target_arch = "x86_64"))]
+const fn quarter_start(bits: usize, quarter: usize) -> usize {
+    let (start, last) = (quarter * 2 * bits, 8 * bits - 16);
+    if start < last { start } else { last }
+}
+
+/// For each quarter and each of its 16 elements, the two bytes of that load that the element may
+/// straddle; 128 stands for a zero.
+#[cfg(any(target_arch = "aarch64", target_arch = "x86_64"))]
+const fn windows(bits: usize) -> [[u8; 32]; 4] {
+    let mut out = [[128; 32]; 4];
+    let mut quarter = 0;
+    while quarter < 4 {
+        let mut k = 0;
+        while k < 16 {
+            let byte = quarter * 2 * bits + k * bits / 8 - quarter_start(bits, quarter);
+            out[quarter][2 * k] = byte as u8;
+            if byte < 15 {
+                out[quarter][2 * k + 1] = byte as u8 + 1;
+            }
+            k += 1;
         }
+        quarter += 1;
     }
     out
 }

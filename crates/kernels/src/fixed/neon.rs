@@ -11,7 +11,8 @@ use std::ops::Range;
 
 use super::lanes::{by_width, fixed_operations};
 use super::{
-    FACTORS, Fixed, FixedLayout, FixedMut, TILE_ROWS, Tile, TileMut, first_bytes, padded, spread,
+    FACTORS, Fixed, FixedLayout, FixedMut, TILE_ROWS, Tile, TileMut, first_bytes, padded,
+    quarter_start, windows,
 };
 use crate::block::{Format, Row, Rows, ScaleType, scale_at};
 use crate::neon::{
@@ -114,8 +115,49 @@ pub(super) fn codes<const BITS: usize, const GROUP: usize>(packed: &[u8]) -> [By
             [even[0], odd[0], even[1], odd[1]]
         }
         8 => load_four(packed.as_chunks().0),
-        _ => load_four(spread::<BITS>(packed).as_chunks().0),
+        _ => [
+            spread_quarter::<BITS>(packed, 0),
+            spread_quarter::<BITS>(packed, 1),
+            spread_quarter::<BITS>(packed, 2),
+            spread_quarter::<BITS>(packed, 3),
+        ],
     }
+}
+
+/// 16 of the 64 elements of a bit stream, which may straddle bytes.
+#[inline]
+#[target_feature(enable = "neon")]
+fn spread_quarter<const BITS: usize>(packed: &[u8], quarter: usize) -> Bytes {
+    let start = quarter_start(BITS, quarter);
+    let (loads, _) = packed[start..].as_chunks();
+    let bytes = load_bytes(&loads[0]);
+    let windows = const { &windows(BITS) }[quarter].as_chunks().0;
+    let shifts = const { &shifts(BITS) }.as_chunks().0;
+    let low = shifted(vqtbl1q_u8(bytes, load_bytes(&windows[0])), &shifts[0]);
+    let high = shifted(vqtbl1q_u8(bytes, load_bytes(&windows[1])), &shifts[1]);
+    vandq_u8(vcombine_u8(low, high), vdupq_n_u8(u8::MAX >> (8 - BITS)))
+}
+
+/// The low bytes of eight u16, each shifted.
+#[inline]
+#[target_feature(enable = "neon")]
+fn shifted(pairs: Bytes, shifts: &[u8; 16]) -> uint8x8_t {
+    let shifts = vreinterpretq_s16_u8(load_bytes(shifts));
+    vmovn_u16(vshlq_u16(vreinterpretq_u16_u8(pairs), shifts))
+}
+
+/// For each of 16 elements, as an i16, minus the bit at which it starts in its first byte: a left
+/// shift by a negative count goes right.
+const fn shifts(bits: usize) -> [u8; 32] {
+    let mut out = [0; 32];
+    let mut k = 0;
+    while k < 16 {
+        let shift = (-((k * bits % 8) as i16)).to_le_bytes();
+        out[2 * k] = shift[0];
+        out[2 * k + 1] = shift[1];
+        k += 1;
+    }
+    out
 }
 
 #[inline]
