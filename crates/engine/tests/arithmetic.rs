@@ -59,7 +59,7 @@ fn distance(got: &[f32], want: &[f32]) -> f64 {
 fn logits_are_as_near_to_f32_as_documented() {
     for chunk in [1, PROMPT] {
         let exact = logits(Arithmetic::Exact, 2, chunk);
-        for (arithmetic, limit) in [(Arithmetic::Fixed16, 5e-4), (Arithmetic::Fast8, 5e-2)] {
+        for (arithmetic, limit) in [(Arithmetic::Fixed16, 3e-4), (Arithmetic::Fast8, 2e-1)] {
             let distance = distance(&logits(arithmetic, 2, chunk), &exact);
             println!("{arithmetic:?}, chunks of {chunk}: {distance:.1e}");
             assert!(distance <= limit, "{arithmetic:?}, chunks of {chunk}: {distance:e}");
@@ -76,7 +76,7 @@ fn threads_change_no_bit_and_chunks_only_the_order_of_sums() {
         let apart = distance(&logits(arithmetic, 1, 7), &one);
         println!("{arithmetic:?}, other chunks: {apart:.1e}");
         // A sum in another order may round an activation to the next integer.
-        let limit = if arithmetic == Arithmetic::Fast8 { 2e-2 } else { 1e-4 };
+        let limit = if arithmetic == Arithmetic::Fast8 { 1e-1 } else { 2e-4 };
         assert!(apart <= limit, "{arithmetic:?}: {apart:e}");
     }
 }
