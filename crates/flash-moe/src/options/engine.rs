@@ -177,7 +177,7 @@ impl EngineArgs {
         let trained = container.shape().moe.top_k;
         let fewer = self.experts_per_token.filter(|&k| k < trained);
         fewer
-            .map(|k| format!("{k} experts for each token; the model was trained with {trained}"))
+            .map(|k| format!("experts for each token: {k}, the model was trained with {trained}"))
             .into_iter()
             .collect()
     }

@@ -253,10 +253,11 @@ fn check_length(tokens: usize, budget: &Budget, max_positions: usize) -> Result<
         return Ok(());
     }
     let advice = match tokens <= max_positions {
-        true => format!("raise --context, up to {max_positions}"),
-        false => "which is all this model takes".into(),
+        true => format!("; raise --context, up to {max_positions}"),
+        false if context == max_positions => ", which is all this model takes".into(),
+        false => format!("; this model takes at most {max_positions}"),
     };
-    bail!("the prompt has {tokens} tokens, the context holds {context}: {advice}");
+    bail!("the prompt has {tokens} tokens, the context holds {context}{advice}");
 }
 
 fn show(args: &RunArgs) -> Show {
