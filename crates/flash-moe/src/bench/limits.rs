@@ -114,7 +114,7 @@ fn sum(words: &[u64]) -> u64 {
 ///
 /// # Errors
 /// A product that differs from the specification's.
-pub fn dots(pool: &Pool, isa: Isa, effort: Effort) -> Result<DotsRate> {
+pub fn cached_products(pool: &Pool, isa: Isa, effort: Effort) -> Result<DotsRate> {
     const COLS: usize = 512;
     const VECTORS: usize = 8;
     const ROUNDS: usize = 4000;
@@ -219,7 +219,7 @@ mod tests {
         assert_eq!((memory.threads, memory.bytes), (2, 4 << 20));
         assert!(memory.bytes_per_second >= memory.bytes_per_second_median);
         for isa in Isa::available() {
-            assert!(dots(&pool, isa, Effort::new(true)).unwrap().flops_per_second > 0.0);
+            assert!(cached_products(&pool, isa, Effort::new(true)).unwrap().flops_per_second > 0.0);
         }
     }
 

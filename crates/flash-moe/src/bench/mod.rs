@@ -65,7 +65,7 @@ fn measure(args: &BenchArgs) -> Result<Report> {
 
     let pool = Pool::new(options.threads);
     let memory = limits::memory(&pool, budget.limit, effort)?;
-    let dots = limits::dots(&pool, options.isa, effort)?;
+    let dots = limits::cached_products(&pool, options.isa, effort)?;
     drop(pool);
     let rates = disk.sweep(effort)?;
     let depth = Limits::best_disk(&rates).map_or(1, |(_, depth)| depth);

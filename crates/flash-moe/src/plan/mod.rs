@@ -71,7 +71,7 @@ fn measure(args: &PlanArgs, subject: &Subject, memory_limit: u64) -> Result<(Lim
     let effort = Effort::new(args.quick);
     let pool = Pool::new(subject.options.threads);
     let memory = limits::memory(&pool, memory_limit, effort)?;
-    let dots = limits::dots(&pool, subject.options.isa, effort)?;
+    let dots = limits::cached_products(&pool, subject.options.isa, effort)?;
     let (mut disk, _scratch) = subject.disk(args)?;
     let sweep = disk.sweep(effort)?;
     let best = Limits::best_disk(&sweep).map_or(f64::INFINITY, |(rate, _)| rate);

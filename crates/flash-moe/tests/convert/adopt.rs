@@ -1,4 +1,7 @@
 //! Adopting a directory in the original engine's layout, made here from an MLX checkpoint.
+//!
+//! The expert files must stay as they are, byte for byte, and the container must compute what the
+//! checkpoint's own conversion computes.
 
 use std::path::Path;
 

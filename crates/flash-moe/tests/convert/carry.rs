@@ -1,4 +1,7 @@
 //! What must arrive unchanged, or changed only in place.
+//!
+//! Quantised tensors are compared with the checkpoint byte for byte; interleaved and fused layouts
+//! with the same rows read out of the checkpoint here.
 
 use std::path::Path;
 

@@ -1,4 +1,7 @@
 //! What is quantised, against the quantiser applied here to the checkpoint's own values.
+//!
+//! The quantiser itself is held to the reference's bits in the kernels' tests; here it must have been
+//! given the right rows, groups and bits.
 
 use flash_moe_engine::container::{Container, Precision, ScaleKind};
 use flash_moe_kernels::{bf16_to_f32, e4m3_to_f32, f32_to_bf16, quantise_row};

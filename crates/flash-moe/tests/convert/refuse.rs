@@ -1,4 +1,6 @@
 //! Bad input: each is refused with a message that names it, and no container appears.
+//!
+//! Every case edits one thing of a sound checkpoint, so that nothing else can be what is refused.
 
 use serde_json::{Value, json};
 

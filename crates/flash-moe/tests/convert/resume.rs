@@ -1,4 +1,6 @@
 //! Stopping and continuing: what is finished stays untouched, what is not is made again.
+//!
+//! A finished file is recognised by its inode and time of change: the same after the second run.
 
 use std::path::Path;
 use std::time::SystemTime;

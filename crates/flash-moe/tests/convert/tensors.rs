@@ -1,4 +1,6 @@
 //! Reading and changing checkpoints and containers, whole tensors in memory.
+//!
+//! Stands apart from the code under test: it reads the files by their formats' own rules.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

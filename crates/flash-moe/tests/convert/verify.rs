@@ -1,4 +1,6 @@
 //! `verify` and `inspect` on sound and on damaged containers.
+//!
+//! Damage is one flipped bit in each kind of file; the message must name layer, expert and part.
 
 use std::path::Path;
 

@@ -1,0 +1,190 @@
+//! The expert store and a session on the built-in model's own files.
+//!
+//! Records must be the files' bytes whatever the pool's size and the way of reading; what two fetches
+//! want is read once; a file that is cut off under a running engine gives an error that names layer,
+//! expert, file and offset, and a session that met it computes nothing more.
+
+use std::fs::{self, OpenOptions};
+use std::ops::ControlFlow;
+use std::path::Path;
+use std::sync::{Arc, Barrier};
+use std::time::{Duration, Instant};
+
+use flash_moe_engine::budget::Budget;
+use flash_moe_engine::container::Container;
+use flash_moe_engine::engine::{Engine, Options};
+use flash_moe_engine::session::Session;
+use flash_moe_engine::shape::{ExpertId, LayerId, TokenId};
+use flash_moe_engine::store::{ExpertStore, IoMode, Landed, StoreOptions};
+use flash_moe_engine::{Error, Lookahead};
+use flash_moe_kernels::Isa;
+use tempfile::TempDir;
+
+const EXPERTS: u16 = 48;
+
+fn model() -> (TempDir, Container) {
+    let dir = tempfile::tempdir().expect("a scratch directory");
+    let tiny = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models/tiny");
+    for name in ["flash-moe.json", "dense.safetensors", "tokenizer.json"] {
+        fs::copy(tiny.join(name), dir.path().join(name)).expect("a file of the built-in model");
+    }
+    for folder in ["experts", "checksums"] {
+        fs::create_dir(dir.path().join(folder)).expect("a folder");
+        for file in fs::read_dir(tiny.join(folder)).expect("a folder of the built-in model") {
+            let file = file.expect("an entry");
+            fs::copy(file.path(), dir.path().join(folder).join(file.file_name())).expect("a copy");
+        }
+    }
+    let container = Container::open(dir.path()).expect("the built-in model opens");
+    (dir, container)
+}
+
+fn store(container: &Container, slots: usize, io: IoMode) -> ExpertStore {
+    ExpertStore::open(container, StoreOptions { slots, readers: 4, io }).expect("a store")
+}
+
+/// Fetches in the order of landing and checks each record against the file.
+fn fetch_all(store: &ExpertStore, container: &Container, layer: u16, experts: &[u16]) {
+    let entry = &container.manifest().experts[usize::from(layer)];
+    let file = fs::read(container.dir().join(&entry.file)).expect("a layer file");
+    let ids: Vec<ExpertId> = experts.iter().map(|&e| ExpertId(e)).collect();
+    let mut fetch = store.fetch(LayerId(layer), &ids);
+    let mut landed = Landed::new();
+    let mut seen = vec![false; experts.len()];
+    loop {
+        fetch.ready(&mut landed).expect("intact records");
+        if landed.is_empty() {
+            break;
+        }
+        for (place, record) in &landed {
+            let start = usize::from(experts[*place]) * entry.stride_bytes;
+            assert!(record[..entry.record_bytes] == file[start..][..entry.record_bytes]);
+            assert!(!std::mem::replace(&mut seen[*place], true), "handed out twice");
+        }
+    }
+    assert!(seen.into_iter().all(|s| s), "everything was handed out");
+}
+
+#[test]
+fn records_are_the_files_bytes_in_any_pool_and_way_of_reading() {
+    let (_dir, container) = model();
+    for io in [IoMode::Auto, IoMode::Buffered] {
+        for slots in [4, 7, 100, 1000] {
+            let store = store(&container, slots, io);
+            let all: Vec<u16> = (0..EXPERTS).collect();
+            for layer in [0, 11, 0] {
+                fetch_all(&store, &container, layer, &all);
+                fetch_all(&store, &container, layer, &[5, 1, 47, 1]);
+            }
+        }
+    }
+}
+
+#[test]
+fn what_two_threads_want_is_read_once() {
+    let (_dir, container) = model();
+    let store = store(&container, 600, IoMode::Auto);
+    let barrier = Barrier::new(2);
+    let all: Vec<u16> = (0..EXPERTS).collect();
+    std::thread::scope(|scope| {
+        for _ in 0..2 {
+            scope.spawn(|| {
+                barrier.wait();
+                for layer in 0..12 {
+                    fetch_all(&store, &container, layer, &all);
+                }
+            });
+        }
+    });
+    let counters = store.counters();
+    assert_eq!((counters.misses, counters.hits), (12 * 48, 12 * 48));
+    let stride = container.manifest().experts[0].stride_bytes as u64;
+    assert_eq!(counters.read_bytes, 12 * 48 * stride);
+}
+
+#[test]
+fn a_guess_that_comes_true_is_not_read_again() {
+    let (_dir, container) = model();
+    let store = store(&container, 200, IoMode::Auto);
+    store.guess(LayerId(3), &[ExpertId(1), ExpertId(2), ExpertId(9)]);
+    let started = Instant::now();
+    while store.counters().read_bytes < 3 * 28_672 {
+        assert!(started.elapsed() < Duration::from_secs(60), "idle readers read guesses");
+        std::thread::yield_now();
+    }
+    fetch_all(&store, &container, 3, &[1, 2, 30]);
+    assert_eq!(store.counters().misses, 1, "only the one that was not guessed");
+    assert_eq!(store.guesses().useful, 2);
+}
+
+#[test]
+fn a_file_cut_off_under_a_store_is_named_and_the_rest_still_reads() {
+    let (dir, container) = model();
+    let store = store(&container, 100, IoMode::Buffered);
+    cut(&dir.path().join("experts/layer_05.bin"), 20 * 28_672 + 100);
+    let mut fetch = store.fetch(LayerId(5), &[ExpertId(20)]);
+    let error = fetch.ready(&mut Landed::new()).expect_err("the record is cut off");
+    drop(fetch);
+    let text = error.to_string();
+    let Error::Record { layer, expert, offset, .. } = error else { panic!("{text}") };
+    assert_eq!((layer, expert, offset), (LayerId(5), ExpertId(20), 20 * 28_672));
+    assert!(text.contains("layer_05.bin") && text.contains("truncated"), "{text}");
+    fetch_all(&store, &container, 4, &[20]);
+    let again = store.fetch(LayerId(5), &[ExpertId(20)]).ready(&mut Landed::new());
+    assert!(again.is_err(), "a failure is not remembered as a record");
+}
+
+fn cut(path: &Path, bytes: u64) {
+    let file = OpenOptions::new().write(true).open(path).expect("a layer file");
+    file.set_len(bytes).expect("a shorter file");
+}
+
+fn options() -> Options {
+    Options {
+        threads: 2,
+        isa: Isa::detect(),
+        memory_bytes: Some(512 << 20),
+        context: Some(64),
+        io: IoMode::Buffered,
+        experts_per_token: None,
+        prefill_chunk: 16,
+        readers: 2,
+        lookahead: Lookahead::Off,
+        vocabulary: None,
+        other_bytes: 0,
+    }
+}
+
+#[test]
+fn a_session_that_met_a_failed_read_refuses_to_go_on() {
+    let (dir, container) = model();
+    let engine = Arc::new(Engine::open(container, &options()).expect("the built-in model"));
+    cut(&dir.path().join("experts/layer_07.bin"), 0);
+    let mut session = Session::new(&engine);
+    let tokens: Vec<TokenId> = (10..20).map(TokenId).collect();
+    let error = session.prefill(&tokens, &mut |_| ControlFlow::Continue(())).expect_err("no file");
+    assert!(error.to_string().starts_with("layer 7 expert "), "{error}");
+    let refused = session.step(TokenId(1)).expect_err("half a token is in the caches");
+    assert!(refused.to_string().contains("start a new one"), "{refused}");
+}
+
+#[test]
+fn every_lookahead_gives_the_same_logits() {
+    let logits = |lookahead| {
+        let (_dir, container) = model();
+        let plan = Budget::plan(&container, &options()).expect("a plan");
+        let memory_bytes = Some(plan.smallest());
+        let options = Options { lookahead, memory_bytes, ..options() };
+        let at_the_floor = Engine::open(container, &options).expect("it opens at the floor");
+        let mut session = Session::new(&Arc::new(at_the_floor));
+        let mut all = Vec::new();
+        for token in 0..30 {
+            session.step(TokenId(token * 91 % 4000)).expect("a step");
+            all.extend(session.logits().iter().map(|l| l.to_bits()));
+        }
+        all
+    };
+    let off = logits(Lookahead::Off);
+    assert_eq!(logits(Lookahead::Router), off);
+    assert_eq!(logits(Lookahead::Previous), off);
+}
