@@ -393,6 +393,28 @@ fn a_closed_pipe_ends_the_program_quietly() {
 }
 
 #[test]
+#[cfg(unix)]
+fn ctrl_c_ends_the_text_and_still_sums_up() {
+    let home = Home::new();
+    let mut command = home.command(&["run", "--ignore-eos", "-n", "2000", PROMPT]);
+    let mut child =
+        command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("the program starts");
+    // The first byte of the answer says that Ctrl-C is being listened for.
+    let mut first = [0];
+    let mut answer = child.stdout.take().expect("a pipe");
+    std::io::Read::read_exact(&mut answer, &mut first).expect("an answer");
+    let id = child.id().to_string();
+    let kill = std::process::Command::new("kill").args(["-INT", &id]).status();
+    assert!(kill.expect("kill runs").success());
+    let reader = std::thread::spawn(move || std::io::read_to_string(answer));
+    let output = child.wait_with_output().expect("the program ends");
+    let rest = reader.join().expect("the reader ends").expect("the answer is UTF-8");
+    assert_eq!(output.status.code(), Some(130), "{}", stderr(&output));
+    assert!(stderr(&output).contains("interrupted"), "{}", stderr(&output));
+    assert!(rest.ends_with('\n'));
+}
+
+#[test]
 fn eval_measures_a_text_and_compares_two_models() {
     let home = Home::new();
     let model = copied_model(&home);

@@ -16,7 +16,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use flash_moe_engine::budget::{Budget, gib};
 use flash_moe_engine::engine::Engine;
 use flash_moe_engine::generation::GenerationConfig;
@@ -148,7 +148,7 @@ impl<'a> Run<'a> {
         if session.position() > self.prompt.len() {
             session.mark("decode");
         }
-        let (text, thinking) = answer.finish(thinking.is_inside())?;
+        let (text, thinking) = answer.finish(thinking.is_inside()).context("standard output")?;
         let whole = started.elapsed();
         Ok(Outcome {
             tokens,
