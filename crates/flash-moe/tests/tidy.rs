@@ -88,7 +88,7 @@ fn no_file_is_a_junk_drawer() {
         let junk = parts.into_iter().any(|part| {
             let ends = |stem: &&str| part.ends_with(stem) || part.ends_with(&format!("{stem}s"));
             let suffixed = ["_v2", "_new", "_old"].iter().any(|suffix| part.ends_with(suffix));
-            STEMS.iter().any(|stem| ends(&stem)) || suffixed
+            STEMS.iter().any(ends) || suffixed
         });
         junk.then(|| file.path.clone()).into_iter().collect()
     });

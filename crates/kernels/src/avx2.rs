@@ -9,41 +9,44 @@
 
 use std::arch::x86_64::*;
 
-use crate::DeltaHead;
 use crate::block::{Format, Row, Rows, ScaleType, f32_at, scale_at, u16_at};
 use crate::float::{bf16_to_f32, f16_to_f32};
 use crate::lanes::operations;
+use crate::{Block, DeltaHead};
 
-type Lanes = __m256;
-const LANES: usize = 8;
+pub(crate) type Lanes = __m256;
+pub(crate) const LANES: usize = 8;
 /// Registers of one block of columns in `delta_step`: two sets of sums fit in 16 registers.
 const STATE_LANES: usize = 4;
+/// Rows and vectors of one block of a product: two sums for each pair stay in registers.
+const BLOCK_ROWS: usize = 2;
+const BLOCK_TOKENS: usize = 3;
 
 operations!("avx2,f16c,fma");
 
 #[inline]
 #[target_feature(enable = "avx2,f16c,fma")]
-fn load(x: &[f32; LANES]) -> Lanes {
+pub(crate) fn load(x: &[f32; LANES]) -> Lanes {
     // SAFETY: the reference is to 8 readable f32; the instruction needs no alignment.
     unsafe { _mm256_loadu_ps(x.as_ptr()) }
 }
 
 #[inline]
 #[target_feature(enable = "avx2,f16c,fma")]
-fn store(x: Lanes, to: &mut [f32; LANES]) {
+pub(crate) fn store(x: Lanes, to: &mut [f32; LANES]) {
     // SAFETY: the reference is to 8 writable f32; the instruction needs no alignment.
     unsafe { _mm256_storeu_ps(to.as_mut_ptr(), x) }
 }
 
 #[inline]
 #[target_feature(enable = "avx2,f16c,fma")]
-fn splat(x: f32) -> Lanes {
+pub(crate) fn splat(x: f32) -> Lanes {
     _mm256_set1_ps(x)
 }
 
 #[inline]
 #[target_feature(enable = "avx2,f16c,fma")]
-fn add_lanes(a: Lanes, b: Lanes) -> Lanes {
+pub(crate) fn add_lanes(a: Lanes, b: Lanes) -> Lanes {
     _mm256_add_ps(a, b)
 }
 
@@ -55,7 +58,7 @@ fn sub_lanes(a: Lanes, b: Lanes) -> Lanes {
 
 #[inline]
 #[target_feature(enable = "avx2,f16c,fma")]
-fn mul_lanes(a: Lanes, b: Lanes) -> Lanes {
+pub(crate) fn mul_lanes(a: Lanes, b: Lanes) -> Lanes {
     _mm256_mul_ps(a, b)
 }
 
@@ -68,7 +71,7 @@ fn divide_lanes(a: Lanes, b: Lanes) -> Lanes {
 /// `a * b + c`, rounded once.
 #[inline]
 #[target_feature(enable = "avx2,f16c,fma")]
-fn fma(a: Lanes, b: Lanes, c: Lanes) -> Lanes {
+pub(crate) fn fma(a: Lanes, b: Lanes, c: Lanes) -> Lanes {
     _mm256_fmadd_ps(a, b, c)
 }
 
@@ -113,7 +116,7 @@ fn power_of_two(n: __m256i) -> Lanes {
 
 #[inline]
 #[target_feature(enable = "avx2,f16c,fma")]
-fn sum_lanes(x: Lanes) -> f32 {
+pub(crate) fn sum_lanes(x: Lanes) -> f32 {
     let x = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x));
     let x = _mm_add_ps(x, _mm_movehl_ps(x, x));
     _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)))
@@ -129,7 +132,7 @@ fn largest_lane(x: Lanes) -> f32 {
 
 #[inline]
 #[target_feature(enable = "avx2,f16c,fma")]
-fn widen_bf16(bytes: &[u8; 2 * LANES]) -> Lanes {
+pub(crate) fn widen_bf16(bytes: &[u8; 2 * LANES]) -> Lanes {
     // SAFETY: the reference is to 16 readable bytes; the instruction needs no alignment.
     let words = unsafe { _mm_loadu_si128(bytes.as_ptr().cast()) };
     _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(words)))
@@ -137,14 +140,14 @@ fn widen_bf16(bytes: &[u8; 2 * LANES]) -> Lanes {
 
 #[inline]
 #[target_feature(enable = "avx2,f16c,fma")]
-fn widen_f16(bytes: &[u8; 2 * LANES]) -> Lanes {
+pub(crate) fn widen_f16(bytes: &[u8; 2 * LANES]) -> Lanes {
     // SAFETY: the reference is to 16 readable bytes; the instruction needs no alignment.
     _mm256_cvtph_ps(unsafe { _mm_loadu_si128(bytes.as_ptr().cast()) })
 }
 
 #[inline]
 #[target_feature(enable = "avx2,f16c,fma")]
-fn widen_f32(bytes: &[u8; 4 * LANES]) -> Lanes {
+pub(crate) fn widen_f32(bytes: &[u8; 4 * LANES]) -> Lanes {
     // SAFETY: the reference is to 32 readable bytes; the instruction needs no alignment.
     unsafe { _mm256_loadu_ps(bytes.as_ptr().cast()) }
 }
@@ -194,7 +197,7 @@ fn unscale<const BITS: usize>() -> Lanes {
 
 #[inline]
 #[target_feature(enable = "avx2,f16c,fma")]
-fn integers(table: &[i32; LANES]) -> __m256i {
+pub(crate) fn integers(table: &[i32; LANES]) -> __m256i {
     // SAFETY: the reference is to 8 readable i32; the instruction needs no alignment.
     unsafe { _mm256_loadu_si256(table.as_ptr().cast()) }
 }

@@ -9,41 +9,44 @@
 
 use std::arch::x86_64::*;
 
-use crate::DeltaHead;
 use crate::block::{Format, Row, Rows, ScaleType, f32_at, scale_at, u16_at};
 use crate::float::{bf16_to_f32, f16_to_f32};
 use crate::lanes::operations;
+use crate::{Block, DeltaHead};
 
-type Lanes = __m512;
-const LANES: usize = 16;
+pub(crate) type Lanes = __m512;
+pub(crate) const LANES: usize = 16;
 /// Registers of one block of columns in `delta_step`: a whole row of a 128-wide state.
 const STATE_LANES: usize = 8;
+/// Rows and vectors of one block of a product: two sums for each pair stay in registers.
+const BLOCK_ROWS: usize = 4;
+const BLOCK_TOKENS: usize = 3;
 
 operations!("avx512f,avx512bw,avx512dq,avx512vl,f16c,fma");
 
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn load(x: &[f32; LANES]) -> Lanes {
+pub(crate) fn load(x: &[f32; LANES]) -> Lanes {
     // SAFETY: the reference is to 16 readable f32; the instruction needs no alignment.
     unsafe { _mm512_loadu_ps(x.as_ptr()) }
 }
 
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn store(x: Lanes, to: &mut [f32; LANES]) {
+pub(crate) fn store(x: Lanes, to: &mut [f32; LANES]) {
     // SAFETY: the reference is to 16 writable f32; the instruction needs no alignment.
     unsafe { _mm512_storeu_ps(to.as_mut_ptr(), x) }
 }
 
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn splat(x: f32) -> Lanes {
+pub(crate) fn splat(x: f32) -> Lanes {
     _mm512_set1_ps(x)
 }
 
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn add_lanes(a: Lanes, b: Lanes) -> Lanes {
+pub(crate) fn add_lanes(a: Lanes, b: Lanes) -> Lanes {
     _mm512_add_ps(a, b)
 }
 
@@ -55,7 +58,7 @@ fn sub_lanes(a: Lanes, b: Lanes) -> Lanes {
 
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn mul_lanes(a: Lanes, b: Lanes) -> Lanes {
+pub(crate) fn mul_lanes(a: Lanes, b: Lanes) -> Lanes {
     _mm512_mul_ps(a, b)
 }
 
@@ -68,7 +71,7 @@ fn divide_lanes(a: Lanes, b: Lanes) -> Lanes {
 /// `a * b + c`, rounded once.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn fma(a: Lanes, b: Lanes, c: Lanes) -> Lanes {
+pub(crate) fn fma(a: Lanes, b: Lanes, c: Lanes) -> Lanes {
     _mm512_fmadd_ps(a, b, c)
 }
 
@@ -101,7 +104,7 @@ fn multiply_by_power_of_two(x: Lanes, n: Lanes) -> Lanes {
 
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn sum_lanes(x: Lanes) -> f32 {
+pub(crate) fn sum_lanes(x: Lanes) -> f32 {
     _mm512_reduce_add_ps(x)
 }
 
@@ -113,7 +116,7 @@ fn largest_lane(x: Lanes) -> f32 {
 
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-fn widen_bf16(bytes: &[u8; 2 * LANES]) -> Lanes {
+pub(crate) fn widen_bf16(bytes: &[u8; 2 * LANES]) -> Lanes {
     // SAFETY: the reference is to 32 readable bytes; the instruction needs no alignment.
     let words = unsafe { _mm256_loadu_si256(bytes.as_ptr().cast()) };
     _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(words)))
@@ -121,14 +124,14 @@ fn widen_bf16(bytes: &[u8; 2 * LANES]) -> Lanes {
 
 #[inline]
 #[target_feature(enable = "avx512f,avx512vl")]
-fn widen_f16(bytes: &[u8; 2 * LANES]) -> Lanes {
+pub(crate) fn widen_f16(bytes: &[u8; 2 * LANES]) -> Lanes {
     // SAFETY: the reference is to 32 readable bytes; the instruction needs no alignment.
     _mm512_cvtph_ps(unsafe { _mm256_loadu_si256(bytes.as_ptr().cast()) })
 }
 
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn widen_f32(bytes: &[u8; 4 * LANES]) -> Lanes {
+pub(crate) fn widen_f32(bytes: &[u8; 4 * LANES]) -> Lanes {
     // SAFETY: the reference is to 64 readable bytes; the instruction needs no alignment.
     unsafe { _mm512_loadu_ps(bytes.as_ptr().cast()) }
 }
@@ -171,7 +174,7 @@ fn unscale<const BITS: usize>() -> Lanes {
 
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn integers(table: &[i32; LANES]) -> __m512i {
+pub(crate) fn integers(table: &[i32; LANES]) -> __m512i {
     // SAFETY: the reference is to 16 readable i32; the instruction needs no alignment.
     unsafe { _mm512_loadu_si512(table.as_ptr().cast()) }
 }

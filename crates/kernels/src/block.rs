@@ -150,6 +150,8 @@ pub struct Rows<'a> {
     format: Format,
     rows: usize,
     cols: usize,
+    row_bytes: usize,
+    scale_row_bytes: usize,
     weight: &'a [u8], // [rows][row_bytes]
     scales: &'a [u8], // [rows][scale_row_bytes]
     biases: &'a [u8], // [rows][scale_row_bytes]
@@ -183,7 +185,7 @@ impl<'a> Rows<'a> {
         exact("weight", row_bytes, weight.len())?;
         exact("scales", scale_row_bytes, scales.len())?;
         exact("biases", scale_row_bytes, biases.len())?;
-        Ok(Self { format, rows, cols, weight, scales, biases })
+        Ok(Self { format, rows, cols, row_bytes, scale_row_bytes, weight, scales, biases })
     }
 
     /// Number of rows: the length of the result of a matrix-vector product.
@@ -202,14 +204,14 @@ impl<'a> Rows<'a> {
     }
 
     /// The bytes of one row. Panics if there is no such row.
+    #[inline(always)]
     pub(crate) fn row(&self, row: usize) -> Row<'a> {
         assert!(row < self.rows, "row {row} of {}", self.rows);
         let slice = |bytes: &'a [u8], len: usize| &bytes[row * len..][..len];
-        let scale_bytes = self.format.scale_row_bytes(self.cols);
         Row {
-            weight: slice(self.weight, self.format.row_bytes(self.cols)),
-            scales: slice(self.scales, scale_bytes),
-            biases: slice(self.biases, scale_bytes),
+            weight: slice(self.weight, self.row_bytes),
+            scales: slice(self.scales, self.scale_row_bytes),
+            biases: slice(self.biases, self.scale_row_bytes),
         }
     }
 }
@@ -232,6 +234,7 @@ pub(crate) fn quantised_at(weight: &[u8], bits: usize, k: usize) -> u32 {
 }
 
 /// Scale or bias number `group` of a row.
+#[inline(always)]
 pub(crate) fn scale_at(scales: ScaleType, bytes: &[u8], group: usize) -> f32 {
     match scales {
         ScaleType::Bf16 => bf16_to_f32(u16_at(bytes, group)),
@@ -241,11 +244,13 @@ pub(crate) fn scale_at(scales: ScaleType, bytes: &[u8], group: usize) -> f32 {
 }
 
 /// Little-endian 16-bit word number `k`.
+#[inline(always)]
 pub(crate) fn u16_at(bytes: &[u8], k: usize) -> u16 {
     u16::from_le_bytes([bytes[2 * k], bytes[2 * k + 1]])
 }
 
 /// Little-endian f32 number `k`.
+#[inline(always)]
 pub(crate) fn f32_at(bytes: &[u8], k: usize) -> f32 {
     f32::from_le_bytes([bytes[4 * k], bytes[4 * k + 1], bytes[4 * k + 2], bytes[4 * k + 3]])
 }

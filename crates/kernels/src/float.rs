@@ -5,6 +5,7 @@
 //! lengths do not match.
 
 /// Widens a bf16, which is the upper half of an f32.
+#[inline]
 pub const fn bf16_to_f32(bits: u16) -> f32 {
     f32::from_bits((bits as u32) << 16)
 }
@@ -21,6 +22,7 @@ pub const fn f32_to_bf16(value: f32) -> u16 {
 }
 
 /// Widens an IEEE binary16.
+#[inline]
 pub fn f16_to_f32(bits: u16) -> f32 {
     half::f16::from_bits(bits).to_f32()
 }

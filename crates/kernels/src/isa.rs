@@ -18,8 +18,12 @@ pub(crate) enum Kind {
     Avx2,
     #[cfg(target_arch = "x86_64")]
     Avx512,
+    #[cfg(target_arch = "x86_64")]
+    Avx512Vnni,
     #[cfg(target_arch = "aarch64")]
     Neon,
+    #[cfg(target_arch = "aarch64")]
+    NeonDot,
 }
 
 /// The plainest first.
@@ -29,8 +33,12 @@ const KINDS: &[Kind] = &[
     Kind::Avx2,
     #[cfg(target_arch = "x86_64")]
     Kind::Avx512,
+    #[cfg(target_arch = "x86_64")]
+    Kind::Avx512Vnni,
     #[cfg(target_arch = "aarch64")]
     Kind::Neon,
+    #[cfg(target_arch = "aarch64")]
+    Kind::NeonDot,
 ];
 
 impl Isa {
@@ -54,7 +62,7 @@ impl Isa {
         Self::available().find(|isa| isa.name() == name)
     }
 
-    /// `scalar`, `avx2`, `avx512` or `neon`.
+    /// `scalar`, `avx2`, `avx512`, `avx512vnni`, `neon` or `neondot`.
     pub const fn name(self) -> &'static str {
         match self.0 {
             Kind::Scalar => "scalar",
@@ -62,8 +70,12 @@ impl Isa {
             Kind::Avx2 => "avx2",
             #[cfg(target_arch = "x86_64")]
             Kind::Avx512 => "avx512",
+            #[cfg(target_arch = "x86_64")]
+            Kind::Avx512Vnni => "avx512vnni",
             #[cfg(target_arch = "aarch64")]
             Kind::Neon => "neon",
+            #[cfg(target_arch = "aarch64")]
+            Kind::NeonDot => "neondot",
         }
     }
 }
@@ -94,13 +106,22 @@ impl Kind {
                     && is_x86_feature_detected!("f16c")
                     && is_x86_feature_detected!("fma")
             }
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Vnni => {
+                Self::Avx512.is_available() && is_x86_feature_detected!("avx512vnni")
+            }
             #[cfg(target_arch = "aarch64")]
             Self::Neon => std::arch::is_aarch64_feature_detected!("neon"),
+            #[cfg(target_arch = "aarch64")]
+            Self::NeonDot => {
+                Self::Neon.is_available() && std::arch::is_aarch64_feature_detected!("dotprod")
+            }
         }
     }
 }
 
-/// Calls the variant of an operation that the `Isa` stands for.
+/// Calls the variant of an operation that the `Isa` stands for. Dot-product instructions take part
+/// in nothing but the operations of `fixed`.
 macro_rules! dispatch {
     ($isa:expr, $operation:ident($($argument:expr),*)) => {
         match $isa.0 {
@@ -110,11 +131,38 @@ macro_rules! dispatch {
             Kind::Avx2 => unsafe { crate::avx2::$operation($($argument),*) },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: an `Isa` of this kind exists only if `is_available` found its features.
-            Kind::Avx512 => unsafe { crate::avx512::$operation($($argument),*) },
+            Kind::Avx512 | Kind::Avx512Vnni => unsafe {
+                crate::avx512::$operation($($argument),*)
+            },
             #[cfg(target_arch = "aarch64")]
             // SAFETY: an `Isa` of this kind exists only if `is_available` found its features.
-            Kind::Neon => unsafe { crate::neon::$operation($($argument),*) },
+            Kind::Neon | Kind::NeonDot => unsafe { crate::neon::$operation($($argument),*) },
         }
     };
 }
 pub(crate) use dispatch;
+
+/// Calls the variant of an operation of `fixed` that the `Isa` stands for.
+macro_rules! dispatch_fixed {
+    ($isa:expr, $operation:ident($($argument:expr),*)) => {
+        match $isa.0 {
+            Kind::Scalar => crate::fixed::scalar::$operation($($argument),*),
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: an `Isa` of this kind exists only if `is_available` found its features.
+            Kind::Avx2 => unsafe { crate::fixed::avx2::$operation($($argument),*) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: an `Isa` of this kind exists only if `is_available` found its features.
+            Kind::Avx512 => unsafe { crate::fixed::avx512::$operation($($argument),*) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: an `Isa` of this kind exists only if `is_available` found its features.
+            Kind::Avx512Vnni => unsafe { crate::fixed::vnni::$operation($($argument),*) },
+            #[cfg(target_arch = "aarch64")]
+            // SAFETY: an `Isa` of this kind exists only if `is_available` found its features.
+            Kind::Neon => unsafe { crate::fixed::neon::$operation($($argument),*) },
+            #[cfg(target_arch = "aarch64")]
+            // SAFETY: an `Isa` of this kind exists only if `is_available` found its features.
+            Kind::NeonDot => unsafe { crate::fixed::neon_dot::$operation($($argument),*) },
+        }
+    };
+}
+pub(crate) use dispatch_fixed;

@@ -55,8 +55,15 @@ macro_rules! operations {
                 let products = &mut products[..out.len()];
                 mat_vec(gate, first_row + 64 * i, x, sums.0, products);
                 mat_vec(up, first_row + 64 * i, x, sums.1, out);
-                map([products], out, |[gate], up| mul_lanes(silu_lanes(gate), up));
+                multiply_by_silu(products, out);
             }
+        }
+
+        /// `out *= silu(gate)`.
+        #[inline]
+        #[target_feature(enable = $features)]
+        pub(crate) fn multiply_by_silu(gate: &[f32], out: &mut [f32]) {
+            map([gate], out, |[gate], up| mul_lanes(silu_lanes(gate), up));
         }
 
         /// Rows of one bit width.
@@ -252,49 +259,116 @@ macro_rules! operations {
 
         #[target_feature(enable = $features)]
         pub(crate) fn dots(row: &[f32], xs: &[f32], out: &mut [f32]) {
-            let cols = row.len();
-            let x = |i: usize| &xs[i * cols..][..cols];
-            let (blocks, rest) = out.as_chunks_mut::<4>();
-            for (i, out) in blocks.iter_mut().enumerate() {
-                *out = dot_each(row, [x(4 * i), x(4 * i + 1), x(4 * i + 2), x(4 * i + 3)]);
-            }
-            let done = 4 * blocks.len();
-            for (i, out) in rest.iter_mut().enumerate() {
-                [*out] = dot_each(row, [x(done + i)]);
+            multiply_rows(row, row.len(), xs, out);
+        }
+
+        #[target_feature(enable = $features)]
+        pub(crate) fn mat_mul(
+            w: &Rows,
+            first_row: usize,
+            xs: &[f32],
+            y: &mut [f32],
+            scratch: &mut [f32],
+        ) {
+            let (cols, held) = (w.cols(), scratch.len() / w.cols());
+            let tokens = xs.len() / cols;
+            for (i, y) in y.chunks_mut(held * tokens).enumerate() {
+                let rows = y.len() / tokens;
+                for (r, row) in scratch.chunks_exact_mut(cols).take(rows).enumerate() {
+                    unpack_row(w, first_row + i * held + r, row);
+                }
+                multiply_rows(&scratch[..rows * cols], cols, xs, y);
             }
         }
 
-        /// One row against `N` vectors, each summed in the same order whatever `N` is.
-        #[inline]
+        /// `rows [n][cols]` times `xs [tokens][cols]` to `y [n][tokens]`. Vectors come first: a few
+        /// of them stay in the nearest cache while all rows pass.
         #[target_feature(enable = $features)]
-        fn dot_each<const N: usize>(row: &[f32], xs: [&[f32]; N]) -> [f32; N] {
-            let (whole, rest) = row.as_chunks::<{ 2 * LANES }>();
-            let done = row.len() - rest.len();
-            // Cut to the count of the row, so that the loop below needs no bounds checks.
-            let mut whole_xs: [&[[f32; 2 * LANES]]; N] = [&[]; N];
-            for j in 0..N {
-                whole_xs[j] = &xs[j].as_chunks().0[..whole.len()];
+        fn multiply_rows(rows: &[f32], cols: usize, xs: &[f32], y: &mut [f32]) {
+            if cols == 0 {
+                return y.fill(0.0);
             }
-            let mut chains = [[splat(0.0); 2]; N];
-            for (i, row) in whole.iter().enumerate() {
-                for (half, row) in row.as_chunks::<LANES>().0.iter().enumerate() {
-                    let row = load(row);
-                    for j in 0..N {
-                        let x = &whole_xs[j][i].as_chunks::<LANES>().0[half];
-                        chains[j][half] = fma(row, load(x), chains[j][half]);
+            let (count, tokens) = (rows.len() / cols, xs.len() / cols);
+            for token in (0..tokens).step_by(BLOCK_TOKENS) {
+                for row in (0..count).step_by(BLOCK_ROWS) {
+                    let block = Block { rows: &rows[row * cols..], xs, cols, row, tokens };
+                    let few_tokens = token + BLOCK_TOKENS > tokens;
+                    match (row + BLOCK_ROWS > count, few_tokens) {
+                        (false, false) => {
+                            multiply_block::<BLOCK_ROWS, BLOCK_TOKENS>(&block, token, y);
+                        }
+                        (false, true) => {
+                            (token..tokens).for_each(|token| {
+                                multiply_block::<BLOCK_ROWS, 1>(&block, token, y)
+                            });
+                        }
+                        (true, false) => {
+                            for row in row..count {
+                                let block = Block { rows: &rows[row * cols..], row, ..block };
+                                multiply_block::<1, BLOCK_TOKENS>(&block, token, y);
+                            }
+                        }
+                        (true, true) => {
+                            for row in row..count {
+                                let block = Block { rows: &rows[row * cols..], row, ..block };
+                                (token..tokens)
+                                    .for_each(|token| multiply_block::<1, 1>(&block, token, y));
+                            }
+                        }
                     }
                 }
             }
-            let mut out = [0.0; N];
-            for j in 0..N {
-                let [mut a, b] = chains[j];
-                let rest_x = &xs[j][done..];
-                for (row, x) in rest.chunks(LANES).zip(rest_x.chunks(LANES)) {
-                    a = fma(load_part(row), load_part(x), a);
-                }
-                out[j] = sum_lanes(add_lanes(a, b));
+        }
+
+        /// `R` rows times `N` vectors, each pair summed in the same order whatever `R` and `N` are.
+        #[inline]
+        #[target_feature(enable = $features)]
+        fn multiply_block<const R: usize, const N: usize>(
+            block: &Block,
+            token: usize,
+            y: &mut [f32],
+        ) {
+            let Block { cols, row, tokens, .. } = *block;
+            let mut rows: [&[[f32; 2 * LANES]]; R] = [&[]; R];
+            for (r, row) in rows.iter_mut().enumerate() {
+                *row = block.rows[r * cols..][..cols].as_chunks().0;
             }
-            out
+            // Cut to the count of a row, so that the loop below needs no bounds checks.
+            let turns = cols / (2 * LANES);
+            let mut xs: [&[[f32; 2 * LANES]]; N] = [&[]; N];
+            for (n, x) in xs.iter_mut().enumerate() {
+                *x = &block.xs[(token + n) * cols..].as_chunks().0[..turns];
+            }
+            for row in &mut rows {
+                *row = &row[..turns];
+            }
+            let mut chains = [[[splat(0.0); 2]; N]; R];
+            let mut registers = [splat(0.0); R];
+            for turn in 0..turns {
+                for half in 0..2 {
+                    for r in 0..R {
+                        registers[r] = load(&rows[r][turn].as_chunks().0[half]);
+                    }
+                    for n in 0..N {
+                        let x = load(&xs[n][turn].as_chunks().0[half]);
+                        for r in 0..R {
+                            chains[r][n][half] = fma(registers[r], x, chains[r][n][half]);
+                        }
+                    }
+                }
+            }
+            let done = turns * 2 * LANES;
+            for r in 0..R {
+                for n in 0..N {
+                    let [mut a, b] = chains[r][n];
+                    let rest_row = &block.rows[r * cols + done..(r + 1) * cols];
+                    let rest_x = &block.xs[(token + n) * cols + done..(token + n + 1) * cols];
+                    for (row, x) in rest_row.chunks(LANES).zip(rest_x.chunks(LANES)) {
+                        a = fma(load_part(row), load_part(x), a);
+                    }
+                    y[(row + r) * tokens + token + n] = sum_lanes(add_lanes(a, b));
+                }
+            }
         }
 
         #[target_feature(enable = $features)]
@@ -501,7 +575,7 @@ macro_rules! operations {
         /// The first elements, as many as there are lanes, padded with zeros.
         #[inline]
         #[target_feature(enable = $features)]
-        fn load_part(x: &[f32]) -> Lanes {
+        pub(crate) fn load_part(x: &[f32]) -> Lanes {
             if let Some(whole) = x.first_chunk() {
                 return load(whole);
             }

@@ -27,7 +27,10 @@ mod avx512;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 
+mod fixed;
+
 pub use block::{Format, LayoutError, Rows, ScaleType, quantise_row};
+pub use fixed::{Fixed, FixedLayout, FixedMut, TILE_ROWS, TileMut};
 pub use float::{
     bf16_to_f32, e4m3_to_f32, f16_to_f32, f32_to_bf16, f32_to_f16, narrow_bf16, narrow_f16,
     widen_bf16, widen_e4m3, widen_f16,
@@ -132,6 +135,42 @@ impl Isa {
         assert_eq!(xs.len(), row.len() * out.len(), "dots: lengths");
         dispatch!(self, dots(row, xs, out));
     }
+
+    /// `y[i][t] = w[first_row + i] . xs[t]`: `xs [tokens][cols]`, `y [rows][tokens]`.
+    ///
+    /// `scratch [any number of rows][cols]`, at least one, holds unpacked rows; 16 keep the traffic
+    /// of the vectors low. An element is that of `unpack_row` and `dots`, bit for bit.
+    ///
+    /// # Panics
+    /// If the lengths differ from these shapes or a row is outside the matrix.
+    pub fn mat_mul(
+        self,
+        w: &Rows,
+        first_row: usize,
+        xs: &[f32],
+        y: &mut [f32],
+        scratch: &mut [f32],
+    ) {
+        if y.is_empty() {
+            return;
+        }
+        assert!(w.cols() > 0 && scratch.len() >= w.cols(), "mat_mul: scratch");
+        let tokens = xs.len() / w.cols();
+        assert!(tokens > 0 && xs.len() == tokens * w.cols(), "mat_mul: columns");
+        let inside = first_row.checked_add(y.len() / tokens).is_some_and(|end| end <= w.rows());
+        assert!(inside && y.len().is_multiple_of(tokens), "mat_mul: rows from {first_row}");
+        dispatch!(self, mat_mul(w, first_row, xs, y, scratch));
+    }
+}
+
+/// Rows in f32, from `row` of a result on, and the vectors that they are multiplied by.
+#[derive(Clone, Copy)]
+struct Block<'a> {
+    rows: &'a [f32], // [..][cols]
+    xs: &'a [f32],   // [tokens][cols]
+    cols: usize,
+    row: usize,
+    tokens: usize,
 }
 
 /// Operations on vectors.

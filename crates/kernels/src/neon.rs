@@ -9,41 +9,44 @@
 use std::arch::aarch64::*;
 use std::arch::asm;
 
-use crate::DeltaHead;
 use crate::block::{Format, Row, Rows, ScaleType, f32_at, scale_at, u16_at};
 use crate::float::{bf16_to_f32, f16_to_f32};
 use crate::lanes::operations;
+use crate::{Block, DeltaHead};
 
-type Lanes = float32x4_t;
-const LANES: usize = 4;
+pub(crate) type Lanes = float32x4_t;
+pub(crate) const LANES: usize = 4;
 /// Registers of one block of columns in `delta_step`: two sets of sums fit in 32 registers.
 const STATE_LANES: usize = 8;
+/// Rows and vectors of one block of a product: two sums for each pair stay in registers.
+const BLOCK_ROWS: usize = 4;
+const BLOCK_TOKENS: usize = 3;
 
 operations!("neon");
 
 #[inline]
 #[target_feature(enable = "neon")]
-fn load(x: &[f32; LANES]) -> Lanes {
+pub(crate) fn load(x: &[f32; LANES]) -> Lanes {
     // SAFETY: the reference is to 4 readable f32.
     unsafe { vld1q_f32(x.as_ptr()) }
 }
 
 #[inline]
 #[target_feature(enable = "neon")]
-fn store(x: Lanes, to: &mut [f32; LANES]) {
+pub(crate) fn store(x: Lanes, to: &mut [f32; LANES]) {
     // SAFETY: the reference is to 4 writable f32.
     unsafe { vst1q_f32(to.as_mut_ptr(), x) }
 }
 
 #[inline]
 #[target_feature(enable = "neon")]
-fn splat(x: f32) -> Lanes {
+pub(crate) fn splat(x: f32) -> Lanes {
     vdupq_n_f32(x)
 }
 
 #[inline]
 #[target_feature(enable = "neon")]
-fn add_lanes(a: Lanes, b: Lanes) -> Lanes {
+pub(crate) fn add_lanes(a: Lanes, b: Lanes) -> Lanes {
     vaddq_f32(a, b)
 }
 
@@ -55,7 +58,7 @@ fn sub_lanes(a: Lanes, b: Lanes) -> Lanes {
 
 #[inline]
 #[target_feature(enable = "neon")]
-fn mul_lanes(a: Lanes, b: Lanes) -> Lanes {
+pub(crate) fn mul_lanes(a: Lanes, b: Lanes) -> Lanes {
     vmulq_f32(a, b)
 }
 
@@ -68,7 +71,7 @@ fn divide_lanes(a: Lanes, b: Lanes) -> Lanes {
 /// `a * b + c`, rounded once.
 #[inline]
 #[target_feature(enable = "neon")]
-fn fma(a: Lanes, b: Lanes, c: Lanes) -> Lanes {
+pub(crate) fn fma(a: Lanes, b: Lanes, c: Lanes) -> Lanes {
     vfmaq_f32(c, a, b)
 }
 
@@ -112,7 +115,7 @@ fn power_of_two(n: int32x4_t) -> Lanes {
 
 #[inline]
 #[target_feature(enable = "neon")]
-fn sum_lanes(x: Lanes) -> f32 {
+pub(crate) fn sum_lanes(x: Lanes) -> f32 {
     vaddvq_f32(x)
 }
 
@@ -124,7 +127,7 @@ fn largest_lane(x: Lanes) -> f32 {
 
 #[inline]
 #[target_feature(enable = "neon")]
-fn widen_bf16(bytes: &[u8; 2 * LANES]) -> Lanes {
+pub(crate) fn widen_bf16(bytes: &[u8; 2 * LANES]) -> Lanes {
     // SAFETY: the reference is to 8 readable bytes.
     let words = vreinterpret_u16_u8(unsafe { vld1_u8(bytes.as_ptr()) });
     vreinterpretq_f32_u32(vshll_n_u16::<16>(words))
@@ -132,7 +135,7 @@ fn widen_bf16(bytes: &[u8; 2 * LANES]) -> Lanes {
 
 #[inline]
 #[target_feature(enable = "neon")]
-fn widen_f16(bytes: &[u8; 2 * LANES]) -> Lanes {
+pub(crate) fn widen_f16(bytes: &[u8; 2 * LANES]) -> Lanes {
     // SAFETY: the reference is to 8 readable bytes.
     let words = vreinterpret_u16_u8(unsafe { vld1_u8(bytes.as_ptr()) });
     let wide;
@@ -150,7 +153,7 @@ fn widen_f16(bytes: &[u8; 2 * LANES]) -> Lanes {
 
 #[inline]
 #[target_feature(enable = "neon")]
-fn widen_f32(bytes: &[u8; 4 * LANES]) -> Lanes {
+pub(crate) fn widen_f32(bytes: &[u8; 4 * LANES]) -> Lanes {
     // SAFETY: the reference is to 16 readable bytes.
     vreinterpretq_f32_u8(unsafe { vld1q_u8(bytes.as_ptr()) })
 }

@@ -53,6 +53,14 @@ pub(crate) fn dots(row: &[f32], xs: &[f32], out: &mut [f32]) {
     }
 }
 
+pub(crate) fn mat_mul(w: &Rows, first_row: usize, xs: &[f32], y: &mut [f32], scratch: &mut [f32]) {
+    let row = &mut scratch[..w.cols()];
+    for (i, y) in y.chunks_exact_mut(xs.len() / w.cols()).enumerate() {
+        unpack_row(w, first_row + i, row);
+        dots(row, xs, y);
+    }
+}
+
 pub(crate) fn axpy(a: f32, x: &[f32], y: &mut [f32]) {
     for (y, x) in y.iter_mut().zip(x) {
         *y += a * x;

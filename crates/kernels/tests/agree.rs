@@ -196,6 +196,27 @@ fn dots_do_not_depend_on_the_number_of_vectors() {
 }
 
 #[test]
+fn many_rows_times_many_vectors_are_unpack_and_dots() {
+    for format in formats() {
+        let cols = if let Format::Affine { group, .. } = format { usize::from(group) } else { 75 };
+        let matrix = Matrix::random(format, 11, cols, 26);
+        for isa in Isa::available() {
+            for (tokens, held) in [(1, 1), (2, 3), (3, 16), (7, 4), (9, 5)] {
+                let xs = floats(27, tokens * cols);
+                let (mut got, mut want) = (vec![9.0; 9 * tokens], vec![9.0; 9 * tokens]);
+                let mut row = vec![0.0; cols];
+                for (r, y) in want.chunks_mut(tokens).enumerate() {
+                    isa.unpack_row(&matrix.rows(), 2 + r, &mut row);
+                    isa.dots(&row, &xs, y);
+                }
+                isa.mat_mul(&matrix.rows(), 2, &xs, &mut got, &mut vec![9.0; held * cols]);
+                assert_eq!(bits(&got), bits(&want), "{isa:?} {format:?} {tokens} tokens");
+            }
+        }
+    }
+}
+
+#[test]
 fn an_element_does_not_depend_on_its_position() {
     for isa in Isa::available() {
         let (a, b) = (floats(24, 100), floats(25, 100));
@@ -339,7 +360,7 @@ fn an_absent_instruction_set_has_no_name() {
     assert_eq!(Isa::parse(foreign), None);
     // Otherwise the tests of this file would compare the specification with itself.
     if cfg!(target_arch = "aarch64") {
-        assert_eq!(Isa::detect().name(), "neon");
+        assert!(Isa::detect().name().starts_with("neon"));
     }
 }
 

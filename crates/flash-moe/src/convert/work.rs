@@ -81,9 +81,14 @@ impl Destination {
         let complete = dir.join(MANIFEST_FILE).exists();
         match (read_record(&record_path)?, complete) {
             (Some(found), _) => {
-                let state = if complete { "a container" } else { "an unfinished container" };
                 if let Some(difference) = difference(&found, record) {
-                    bail!("{}: holds {state} made differently: {difference}", dir.display());
+                    let state = if complete { "a container" } else { "an unfinished container" };
+                    ensure!(
+                        !complete && nothing_finished(dir)?,
+                        "{}: holds {state} made differently: {difference}",
+                        dir.display()
+                    );
+                    write_whole(&record_path, &serde_json::to_vec_pretty(record)?)?;
                 }
             }
             (None, true) => {
@@ -227,6 +232,19 @@ fn difference(there: &Record, here: &Record) -> Option<String> {
     if parts.is_empty() { None } else { Some(parts.join("; ")) }
 }
 
+/// Whether a conversion stopped before its first file was whole, so that nothing can be mixed.
+fn nothing_finished(dir: &Path) -> Result<bool> {
+    if dir.join(DENSE_FILE).exists() {
+        return Ok(false);
+    }
+    for sub in [EXPERTS_DIR, SUMS_DIR].map(|sub| dir.join(sub)) {
+        if sub.exists() && !is_empty(&sub)? {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
 /// Whether a directory is absent or holds nothing of anybody's.
 fn is_empty(dir: &Path) -> Result<bool> {
     if !dir.exists() {
@@ -257,6 +275,20 @@ mod tests {
         let message = difference(&record("4"), &record("8")).unwrap();
         assert_eq!(message, "--bits is 4 there and 8 here");
         assert_eq!(difference(&record("4"), &record("4")), None);
+    }
+
+    #[test]
+    fn settings_may_change_until_the_first_file_is_whole() {
+        let temp = tempfile::tempdir().unwrap();
+        let dir = temp.path().join("new");
+        let open = |bits| Destination::open(&dir, &record(bits), Place::New);
+        drop(open("4").ok().unwrap());
+        std::fs::write(dir.join(EXPERTS_DIR).join("layer_00.bin.partial"), "half").unwrap();
+        drop(open("8").ok().unwrap());
+        std::fs::write(dir.join(EXPERTS_DIR).join("layer_00.bin"), "whole").unwrap();
+        drop(open("8").ok().unwrap());
+        let message = open("4").err().unwrap().to_string();
+        assert!(message.contains("--bits is 8 there and 4 here"), "{message}");
     }
 
     #[test]
