@@ -130,7 +130,7 @@ fn agrees_in_every_way(variant: &str, bits: &[&str]) {
     model.agrees(&[]);
     model.agrees(&["--prefill-chunk", "20"]);
     model.agrees(&["--prefill-chunk", "1"]);
-    for isa in ["scalar", "avx2", "avx512", "neon"] {
+    for isa in ["scalar", "avx2", "avx512", "avx512vnni", "neon", "neondot"] {
         let known = flash_moe_kernels::Isa::parse(isa).is_some();
         match known {
             true => model.agrees(&["--isa", isa, "--threads", "1"]),

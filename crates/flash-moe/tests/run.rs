@@ -148,7 +148,7 @@ fn one_prompt_is_the_same_from_everywhere() {
 fn fewer_experts_are_lossy_and_more_than_there_are_refused() {
     let home = Home::new();
     let output = home.succeed(&["run", "-q", "--experts-per-token", "2", "-n", "2", "Hello"]);
-    assert!(stderr(&output).contains("lossy: 2 experts"), "{}", stderr(&output));
+    assert!(stderr(&output).contains("lossy: experts for each token: 2"), "{}", stderr(&output));
     let summary = home.json(&["--experts-per-token", "2", "-n", "2", "Hello"]);
     assert!(summary["lossy"][0].as_str().expect("a sentence").contains("trained with 4"));
     let more = home.json(&["--experts-per-token", "8", "-n", "2", "Hello"]);
@@ -393,6 +393,28 @@ fn a_closed_pipe_ends_the_program_quietly() {
 }
 
 #[test]
+#[cfg(unix)]
+fn ctrl_c_ends_the_text_and_still_sums_up() {
+    let home = Home::new();
+    let mut command = home.command(&["run", "--ignore-eos", "-n", "2000", PROMPT]);
+    let mut child =
+        command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("the program starts");
+    // The first byte of the answer says that Ctrl-C is being listened for.
+    let mut first = [0];
+    let mut answer = child.stdout.take().expect("a pipe");
+    std::io::Read::read_exact(&mut answer, &mut first).expect("an answer");
+    let id = child.id().to_string();
+    let kill = std::process::Command::new("kill").args(["-INT", &id]).status();
+    assert!(kill.expect("kill runs").success());
+    let reader = std::thread::spawn(move || std::io::read_to_string(answer));
+    let output = child.wait_with_output().expect("the program ends");
+    let rest = reader.join().expect("the reader ends").expect("the answer is UTF-8");
+    assert_eq!(output.status.code(), Some(130), "{}", stderr(&output));
+    assert!(stderr(&output).contains("interrupted"), "{}", stderr(&output));
+    assert!(rest.ends_with('\n'));
+}
+
+#[test]
 fn eval_measures_a_text_and_compares_two_models() {
     let home = Home::new();
     let model = copied_model(&home);
@@ -417,7 +439,7 @@ fn eval_measures_a_text_and_compares_two_models() {
     let close = (number(&same, "perplexity") / number(&alone, "perplexity") - 1.0).abs();
     assert!(close < 1e-4, "{close}");
     let lossy = eval(&["--context", "32", "--experts-per-token", "1"]);
-    assert!(lossy["lossy"][0].as_str().is_some_and(|l| l.contains("1 experts")), "{lossy}");
+    assert!(lossy["lossy"][0].as_str().is_some_and(|l| l.contains("token: 1, ")), "{lossy}");
 
     let latin = home.write("latin.txt", b"\xff");
     assert!(home.refuse(&["eval", "--text", &latin]).contains("latin.txt: not UTF-8"));

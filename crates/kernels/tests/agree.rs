@@ -360,7 +360,7 @@ fn an_absent_instruction_set_has_no_name() {
     assert_eq!(Isa::parse(foreign), None);
     // Otherwise the tests of this file would compare the specification with itself.
     if cfg!(target_arch = "aarch64") {
-        assert_eq!(Isa::detect().name(), "neon");
+        assert!(Isa::detect().name().starts_with("neon"));
     }
 }
 

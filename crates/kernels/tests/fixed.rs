@@ -1,5 +1,7 @@
 //! Fixed point against f64, every variant against the specification, and what must be equal bit for
 //! bit: the integers on every instruction set, a row however rows are split, a token however many.
+//!
+//! Integer sums are exact, so they must be equal everywhere; only the final scaling may round.
 
 mod random;
 

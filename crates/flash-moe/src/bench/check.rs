@@ -2,7 +2,7 @@
 //!
 //! A short prompt goes through once as a chunk and once token by token. Their logits are summed in
 //! another order, so they differ by rounding; a near tie of two experts may then fall to the other
-//! one. Both stay far below the bound, a wrong kernel or a wrong record does not.
+//! one. The bound leaves room for both; a difference above it is taken for a wrong answer.
 
 use std::ops::ControlFlow;
 use std::sync::Arc;

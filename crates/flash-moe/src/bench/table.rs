@@ -190,9 +190,10 @@ fn summary(middle: &[(&RunReport, (f64, f64))]) -> String {
 
 fn stages(run: &RunReport) -> String {
     let mut out = format!(
-        "\n{} {} from {}: {:.2} ms a token\n{:<12}{:>10}{:>8}{:>12}{:>9}{:>10}{:>10}{:>10}\n",
+        "\n{} {} of {} tokens from {}: {:.2} ms a token\n{:<12}{:>10}{:>8}{:>12}{:>9}{:>10}{:>10}{:>10}\n",
         pool(run),
         phase(run),
+        run.tokens,
         run.position,
         run.seconds * 1e3 / run.tokens as f64,
         "stage",

@@ -81,8 +81,14 @@ pub enum IsaChoice {
     Avx2,
     /// x86-64 with AVX-512 F, BW, DQ and VL.
     Avx512,
+    /// The same with VNNI.
+    #[value(name = "avx512vnni")]
+    Avx512Vnni,
     /// AArch64.
     Neon,
+    /// The same with the dot product instructions.
+    #[value(name = "neondot")]
+    NeonDot,
 }
 
 /// Values of `--io`.
@@ -178,7 +184,7 @@ impl EngineArgs {
         let trained = container.shape().moe.top_k;
         let fewer = self.experts_per_token.filter(|&k| k < trained);
         fewer
-            .map(|k| format!("{k} experts for each token; the model was trained with {trained}"))
+            .map(|k| format!("experts for each token: {k}, the model was trained with {trained}"))
             .into_iter()
             .collect()
     }
@@ -191,7 +197,9 @@ impl IsaChoice {
             Self::Scalar => "scalar",
             Self::Avx2 => "avx2",
             Self::Avx512 => "avx512",
+            Self::Avx512Vnni => "avx512vnni",
             Self::Neon => "neon",
+            Self::NeonDot => "neondot",
         };
         let Some(isa) = Isa::parse(name) else {
             let has: Vec<&str> = Isa::available().map(Isa::name).collect();

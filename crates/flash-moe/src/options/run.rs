@@ -157,7 +157,8 @@ pub struct OutputArgs {
     #[arg(long)]
     pub timing: bool,
 
-    /// Print one JSON object instead of the answer: token ids, text, timings, counters, settings.
+    /// Print one JSON object instead of the answer: token ids (without the one that ends the text),
+    /// text, thinking, finish_reason (stop, length, interrupted), timings, counters, settings.
     #[arg(long)]
     pub json: bool,
 

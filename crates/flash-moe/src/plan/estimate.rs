@@ -2,7 +2,7 @@
 //!
 //! Every figure is a range. Its upper end has everything overlapped and the routing of the published
 //! curve, its lower end nothing overlapped and uniform routing. Both take the machine at its measured
-//! limits, so a real run stays below the upper end; the distance to it is what an engine loses.
+//! limits, which no run keeps up throughout; the distance to the upper end is what there is to gain.
 
 use flash_moe_engine::timing::Stage;
 use serde::Serialize;
@@ -43,7 +43,7 @@ pub struct Case {
 pub struct Range {
     /// The cautious end.
     pub low: f64,
-    /// The end that nothing can pass.
+    /// The hopeful end.
     pub high: f64,
 }
 

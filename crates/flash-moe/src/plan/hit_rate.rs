@@ -1,10 +1,10 @@
 //! How many experts a pool will hold when they are asked for.
 //!
 //! Two ends of a range. Uniform routing: every expert is as likely as any other, so the share of hits
-//! is the share of records in the pool, whatever is evicted. Skewed routing: a published curve of
-//! trained models, in docs/bench.md with its source; the best seen, not a promise.
+//! is the share of records in the pool, whatever is evicted. Skewed routing: published runs of
+//! trained Qwen models, in docs/bench.md with their sources; other models lie on both sides.
 
-/// Share of records in the pool, and share of hits, of the best published runs.
+/// Share of records in the pool, and share of hits, of the published runs.
 const PUBLISHED: [(f64, f64); 7] = [
     (0.0, 0.0),
     (0.059, 0.557),

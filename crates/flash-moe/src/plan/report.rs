@@ -190,8 +190,9 @@ impl Report {
         out += &rate(e.prefill);
         out += &line(
             "low",
-            "uniform routing, reading and computing one after the other; high: the best published \
-             hit rates, all overlapped. Both at the limits above: real runs stay below high.",
+            "uniform routing, reading and computing one after the other; high: hit rates published \
+             for trained Qwen models, all overlapped. Both at the limits above, which no run keeps \
+             up throughout.",
         );
         out
     }

@@ -5,7 +5,7 @@
 use std::io::Write;
 use std::ops::ControlFlow;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use flash_moe_engine::sampler::Sampler;
 use flash_moe_engine::session::{Prefilled, Session};
 use flash_moe_engine::shape::TokenId;
@@ -86,7 +86,7 @@ pub fn generate<W: Write>(
         }
         sampler.accept(token);
         tokens.push(token);
-        answer.push(token, thinking.follow(token))?;
+        answer.push(token, thinking.follow(token)).context("standard output")?;
         if answer.is_stopped() {
             return Ok((tokens, Finish::Stop));
         }

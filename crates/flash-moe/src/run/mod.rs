@@ -16,7 +16,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use flash_moe_engine::budget::{Budget, gib};
 use flash_moe_engine::engine::Engine;
 use flash_moe_engine::generation::GenerationConfig;
@@ -148,7 +148,7 @@ impl<'a> Run<'a> {
         if session.position() > self.prompt.len() {
             session.mark("decode");
         }
-        let (text, thinking) = answer.finish(thinking.is_inside())?;
+        let (text, thinking) = answer.finish(thinking.is_inside()).context("standard output")?;
         let whole = started.elapsed();
         Ok(Outcome {
             tokens,
@@ -253,10 +253,11 @@ fn check_length(tokens: usize, budget: &Budget, max_positions: usize) -> Result<
         return Ok(());
     }
     let advice = match tokens <= max_positions {
-        true => format!("raise --context, up to {max_positions}"),
-        false => "which is all this model takes".into(),
+        true => format!("; raise --context, up to {max_positions}"),
+        false if context == max_positions => ", which is all this model takes".into(),
+        false => format!("; this model takes at most {max_positions}"),
     };
-    bail!("the prompt has {tokens} tokens, the context holds {context}: {advice}");
+    bail!("the prompt has {tokens} tokens, the context holds {context}{advice}");
 }
 
 fn show(args: &RunArgs) -> Show {

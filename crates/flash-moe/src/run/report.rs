@@ -181,15 +181,20 @@ impl Report {
 pub fn sampling(s: &Sampling) -> Value {
     json!({
         "greedy": s.is_greedy(),
-        "temperature": s.temperature,
+        "temperature": decimal(s.temperature),
         "top_k": s.top_k,
-        "top_p": s.top_p,
-        "min_p": s.min_p,
-        "repetition_penalty": s.repetition_penalty,
-        "presence_penalty": s.presence_penalty,
-        "frequency_penalty": s.frequency_penalty,
+        "top_p": decimal(s.top_p),
+        "min_p": decimal(s.min_p),
+        "repetition_penalty": decimal(s.repetition_penalty),
+        "presence_penalty": decimal(s.presence_penalty),
+        "frequency_penalty": decimal(s.frequency_penalty),
         "seed": s.seed,
     })
+}
+
+/// The number as it was typed: 0.7, not the 0.699999988 that a wider type makes of it.
+fn decimal(number: f32) -> f64 {
+    number.to_string().parse().unwrap_or(number.into())
 }
 
 /// Time, bytes and calls of every stage that ran.
@@ -316,6 +321,8 @@ mod tests {
         assert_eq!(object["counters"]["prefill"]["wait_ms"], 1.5);
         assert_eq!(object["counters"]["decode"]["hit_rate"], 0.75);
         assert_eq!(object["settings"]["sampling"]["greedy"], true);
+        let warm = Sampling { temperature: 0.7, ..Sampling::greedy() };
+        assert_eq!(sampling(&warm)["temperature"].to_string(), "0.7");
     }
 
     #[test]
