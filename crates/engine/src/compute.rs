@@ -31,12 +31,23 @@ pub fn with_scratch<T>(len: usize, work: impl FnOnce(&mut [f32]) -> T) -> T {
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum Arithmetic {
     /// f32.
-    #[default]
     Exact,
     /// Integers of 16 bits with a scale for each group: relative error 2e-5 of a product.
+    #[default]
     Fixed16,
     /// Integers of 8 bits with a scale for each group: lossy, relative error 5e-3.
     Fast8,
+}
+
+impl Arithmetic {
+    /// Its name in reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Exact => "f32",
+            Self::Fixed16 => "fixed16",
+            Self::Fast8 => "int8",
+        }
+    }
 }
 
 /// The instruction set, the threads and the numbers.

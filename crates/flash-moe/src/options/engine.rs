@@ -40,9 +40,15 @@ pub struct EngineArgs {
     #[arg(long, value_enum, default_value_t = IsaChoice::Auto, help_heading = "Machine")]
     pub isa: IsaChoice,
 
-    /// f32 kernels for everything. They are the only ones so far, so this changes nothing yet.
-    #[arg(long, help_heading = "Machine")]
+    /// Activations stay f32 when they meet quantised weights, instead of 16-bit integers with a
+    /// scale for every 64 (relative error 2e-5). Slower; the reference for everything else.
+    #[arg(long, conflicts_with = "fast", help_heading = "Machine")]
     pub exact: bool,
+
+    /// Activations become 8-bit integers when they meet quantised weights. Faster and LOSSY:
+    /// relative error 5e-3; docs/measurements.md has what it costs.
+    #[arg(long, help_heading = "Machine")]
+    pub fast: bool,
 
     /// How experts are read: past the page cache, through it, or past it where that works.
     #[arg(long, value_enum, default_value_t = IoChoice::Auto, help_heading = "Machine")]
@@ -166,7 +172,7 @@ impl EngineArgs {
         Ok(Options {
             threads: self.threads.unwrap_or_else(cores),
             isa: self.isa.resolve()?,
-            arithmetic: Arithmetic::default(),
+            arithmetic: self.arithmetic(),
             memory_bytes: self.memory,
             context,
             io: self.io.mode(),
@@ -183,10 +189,18 @@ impl EngineArgs {
     pub fn lossy(&self, container: &Container) -> Vec<String> {
         let trained = container.shape().moe.top_k;
         let fewer = self.experts_per_token.filter(|&k| k < trained);
-        fewer
-            .map(|k| format!("experts for each token: {k}, the model was trained with {trained}"))
-            .into_iter()
-            .collect()
+        let fewer = fewer
+            .map(|k| format!("experts for each token: {k}, the model was trained with {trained}"));
+        let coarse = self.fast.then(|| "--fast: activations in 8-bit integers".to_string());
+        fewer.into_iter().chain(coarse).collect()
+    }
+
+    fn arithmetic(&self) -> Arithmetic {
+        match (self.exact, self.fast) {
+            (true, _) => Arithmetic::Exact,
+            (_, true) => Arithmetic::Fast8,
+            _ => Arithmetic::Fixed16,
+        }
     }
 }
 

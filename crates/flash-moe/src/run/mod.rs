@@ -225,7 +225,7 @@ impl<'a> Run<'a> {
             sampling: report::sampling(&self.sampling),
             threads: options.threads,
             isa: options.isa.name(),
-            activations: "f32",
+            activations: engine.options().arithmetic.name(),
             io: if engine.store().is_direct() { "direct" } else { "buffered" },
             readers: options.readers,
             memory_bytes: engine.budget().limit,
