@@ -20,7 +20,13 @@ fn main() {
         println!("answers agree; nothing timed");
         return;
     }
-    let isas: Vec<Isa> = Isa::available().filter(|isa| *isa != Isa::scalar()).collect();
+    // Arguments name instruction sets; without any, all but the specification are timed.
+    let named: Vec<String> = std::env::args().skip(1).filter(|a| !a.starts_with('-')).collect();
+    let wanted = |isa: &Isa| match named.is_empty() {
+        true => *isa != Isa::scalar(),
+        false => named.iter().any(|name| name == isa.name()),
+    };
+    let isas: Vec<Isa> = Isa::available().filter(wanted).collect();
     vectors(&isas);
     matrices(&isas);
 }

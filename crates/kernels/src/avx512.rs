@@ -225,3 +225,10 @@ const fn inverse_shifts(bits: usize) -> [f32; LANES] {
     }
     out
 }
+
+/// Asks for the cache line at an address, which need not be readable.
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(crate) fn prefetch(at: *const u8) {
+    _mm_prefetch::<_MM_HINT_T0>(at.cast());
+}

@@ -217,7 +217,7 @@ impl<'a> Rows<'a> {
 }
 
 /// The bytes of one row.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Default)]
 pub(crate) struct Row<'a> {
     pub(crate) weight: &'a [u8], // [row_bytes]
     pub(crate) scales: &'a [u8], // [scale_row_bytes]

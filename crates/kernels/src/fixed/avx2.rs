@@ -12,8 +12,8 @@ use std::ops::Range;
 
 use super::lanes::{by_width, fixed_operations};
 use super::{
-    FACTORS, Fixed, FixedLayout, FixedMut, TILE_ROWS, Tile, TileMut, first_bytes, padded,
-    quarter_start, windows,
+    AHEAD_BYTES, FACTORS, Fixed, FixedLayout, FixedMut, ROW_BLOCK, TILE_ROWS, Tile, TileMut,
+    first_bytes, padded, quarter_start, windows,
 };
 use crate::avx2::{
     self as floats, LANES, Lanes, add_lanes, fma, load, load_part as first_floats, mul_lanes,
@@ -168,6 +168,17 @@ const fn top_factors(bits: usize) -> [u8; 32] {
         k += 1;
     }
     out
+}
+
+/// The first of the bytes as scales, as many as there are lanes; zero where there are none.
+#[inline]
+#[target_feature(enable = "avx2,f16c,fma")]
+pub(super) fn widen(scales: ScaleType, bytes: &[u8]) -> Lanes {
+    match scales {
+        ScaleType::Bf16 => floats::widen_bf16(&first_bytes(bytes)),
+        ScaleType::F16 => floats::widen_f16(&first_bytes(bytes)),
+        ScaleType::F32 => floats::widen_f32(&first_bytes(bytes)),
+    }
 }
 
 /// An 8 by 8 matrix of i32, rows to columns.

@@ -10,7 +10,9 @@ use std::arch::x86_64::*;
 use std::ops::Range;
 
 use super::lanes::{by_width, fixed_operations};
-use super::{FACTORS, Fixed, FixedLayout, FixedMut, TILE_ROWS, Tile, TileMut, padded};
+use super::{
+    AHEAD_BYTES, FACTORS, Fixed, FixedLayout, FixedMut, ROW_BLOCK, TILE_ROWS, Tile, TileMut, padded,
+};
 use crate::avx512::{
     self as floats, LANES, Lanes, add_lanes, fma, load, mul_lanes, splat, store, sum_lanes,
 };
@@ -172,18 +174,32 @@ pub(super) fn store_bytes(x: Bytes, to: &mut [u8; 4 * LANES]) {
     unsafe { _mm512_storeu_si512(to.as_mut_ptr().cast(), x) }
 }
 
-/// The first `N` bytes, at most 64, or all that there are with zeros after them.
+/// The first of the bytes as scales, as many as there are lanes; zero where there are none.
 #[inline]
-#[target_feature(enable = "avx512f,avx512bw")]
-pub(super) fn first_bytes<const N: usize>(bytes: &[u8]) -> [u8; N] {
-    if let Some(whole) = bytes.first_chunk() {
-        return *whole;
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+pub(super) fn widen(scales: ScaleType, bytes: &[u8]) -> Lanes {
+    if bytes.len() >= LANES * scales.bytes() {
+        return match scales {
+            ScaleType::Bf16 => bytes.first_chunk().map_or(splat(0.0), |b| floats::widen_bf16(b)),
+            ScaleType::F16 => bytes.first_chunk().map_or(splat(0.0), |b| floats::widen_f16(b)),
+            ScaleType::F32 => bytes.first_chunk().map_or(splat(0.0), |b| floats::widen_f32(b)),
+        };
     }
-    let mut out = [0; 64];
-    // SAFETY: the mask reads the bytes of the slice, fewer than `N`, and no others.
-    let loaded = unsafe { _mm512_maskz_loadu_epi8((1 << bytes.len()) - 1, bytes.as_ptr().cast()) };
-    store_bytes(loaded, &mut out);
-    *out.first_chunk().unwrap_or(&[0; N])
+    let mask = (1u16 << (bytes.len() / scales.bytes())) - 1;
+    let start = bytes.as_ptr();
+    match scales {
+        ScaleType::Bf16 => {
+            // SAFETY: the mask reads whole scales of the slice and no others.
+            let words = unsafe { _mm256_maskz_loadu_epi16(mask, start.cast()) };
+            as_lanes(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(words)))
+        }
+        ScaleType::F16 => {
+            // SAFETY: as above.
+            _mm512_cvtph_ps(unsafe { _mm256_maskz_loadu_epi16(mask, start.cast()) })
+        }
+        // SAFETY: as above.
+        ScaleType::F32 => unsafe { _mm512_maskz_loadu_ps(mask, start.cast()) },
+    }
 }
 
 /// The first floats, as many as there are lanes; zero where there are none.

@@ -1,7 +1,7 @@
 //! The products in fixed point written once over the registers of an instruction set.
 //!
 //! Owns the loops. A variant file owns the primitives that differ: `Bytes` and `Ints` (a register of
-//! bytes and one of i32), `codes` (64 columns of packed weights as bytes), `dot` (adds the products
+//! bytes and one of i32), `codes` (64 columns of packed weights as bytes), `widen` (scales as floats), `dot` (adds the products
 //! of four bytes to each i32) and `step` (one row's next 64 columns). A macro for the reason given
 //! in `crate::lanes`.
 //!
@@ -68,98 +68,155 @@ macro_rules! fixed_operations {
             y: &mut [f32],
         ) {
             let Format::Affine { scales, .. } = w.format() else { return };
-            for (i, y) in y.iter_mut().enumerate() {
-                let row = (scales, w.row(first_row + i));
-                *y = if x.lo.is_empty() {
-                    row_dot::<BITS, GROUP, true>(row, x)
-                } else {
-                    row_dot::<BITS, GROUP, false>(row, x)
-                };
+            match (x.lo.is_empty(), scales) {
+                (true, _) => row_blocks::<BITS, GROUP, true, false>(w, first_row, x, y),
+                (_, ScaleType::Bf16) => row_blocks::<BITS, GROUP, false, true>(w, first_row, x, y),
+                _ => row_blocks::<BITS, GROUP, false, false>(w, first_row, x, y),
             }
         }
 
-        /// Sum over the activation groups of `(scale * a) * sum(q * v)`, plus `biases . sums`.
+        /// Rows in blocks, which share the loads of the vector. A block that is not full repeats its
+        /// last row.
         #[inline]
         #[target_feature(enable = $features)]
-        fn row_dot<const BITS: usize, const GROUP: usize, const FAST: bool>(
-            (scales, row): (ScaleType, Row),
+        fn row_blocks<const BITS: usize, const GROUP: usize, const FAST: bool, const BF16: bool>(
+            w: &Rows,
+            first_row: usize,
             x: &Fixed,
-        ) -> f32 {
-            let groups = x.scales.len();
-            let mut factors = [0.0; FACTORS];
-            let mut totals = [splat(0.0), times_biases((scales, row), x.sums)];
-            for first in (0..groups).step_by(FACTORS) {
-                let count = FACTORS.min(groups - first);
-                multiply_scales((scales, row), x, first, &mut factors);
-                let packed = &row.weight[first * GROUP * BITS / 8..][..count * GROUP * BITS / 8];
-                let hi = &x.hi[first * GROUP..][..count * GROUP];
-                let lo = if FAST { hi } else { &x.lo[first * GROUP..][..count * GROUP] };
-                let (hi, hi_rest) = hi.as_chunks::<64>();
-                let (lo, lo_rest) = lo.as_chunks::<64>();
-                // Two chains: one would wait for the latency of each multiply-add.
-                for i in 0..hi.len() {
-                    let packed = &packed[i * 8 * BITS..][..8 * BITS];
-                    let factors = &factors[i * 64 / GROUP..][..64 / GROUP];
-                    let total =
-                        step::<BITS, GROUP, FAST>(packed, (&hi[i], &lo[i]), factors, totals[0]);
-                    totals = [totals[1], total];
-                }
-                if !hi_rest.is_empty() {
-                    let packed = padded(&packed[hi.len() * 8 * BITS..]);
-                    let (hi, lo) = (padded(hi_rest), padded(lo_rest));
-                    let factors = [factors[count - 1], 0.0];
-                    let packed = &packed[..8 * BITS];
-                    totals[0] = step::<BITS, GROUP, FAST>(packed, (&hi, &lo), &factors, totals[0]);
-                }
-            }
-            sum_lanes(add_lanes(totals[0], totals[1]))
-        }
-
-        /// The first of the bytes as scales, as many as there are lanes; zero where there are none.
-        #[inline]
-        #[target_feature(enable = $features)]
-        fn widen(scales: ScaleType, bytes: &[u8]) -> Lanes {
-            match scales {
-                ScaleType::Bf16 => floats::widen_bf16(&first_bytes(bytes)),
-                ScaleType::F16 => floats::widen_f16(&first_bytes(bytes)),
-                ScaleType::F32 => floats::widen_f32(&first_bytes(bytes)),
-            }
-        }
-
-        /// `factors[i] = scale * a` of the activation groups from `first` on.
-        #[inline]
-        #[target_feature(enable = $features)]
-        fn multiply_scales(
-            (scales, row): (ScaleType, Row),
-            x: &Fixed,
-            first: usize,
-            factors: &mut [f32; FACTORS],
+            y: &mut [f32],
         ) {
-            let bytes = LANES * scales.bytes();
-            let a = &x.scales[first..];
-            if x.layout.sum_group() == x.layout.scale_group() {
-                let row = row.scales[first * scales.bytes()..].chunks(bytes);
-                let to = factors.as_chunks_mut::<LANES>().0.iter_mut();
-                for ((to, row), a) in to.zip(row).zip(a.chunks(LANES)) {
-                    store(mul_lanes(widen(scales, row), first_floats(a)), to);
+            let mut factors = [[0.0; FACTORS]; ROW_BLOCK];
+            let mut rows = [Row::default(); ROW_BLOCK];
+            for (i, y) in y.chunks_mut(ROW_BLOCK).enumerate() {
+                for (n, row) in rows.iter_mut().enumerate() {
+                    *row = w.row(first_row + ROW_BLOCK * i + n.min(y.len() - 1));
                 }
-            } else {
-                for (i, (to, a)) in factors.iter_mut().zip(a).enumerate() {
-                    *to = scale_at(scales, row.scales, (first + i) / 2) * a;
+                let mut totals = [[splat(0.0); 2]; ROW_BLOCK];
+                add_biases::<BF16>(w.format(), &rows, x.sums, &mut totals);
+                for first in (0..x.scales.len()).step_by(FACTORS) {
+                    multiply_scales::<BF16>(w.format(), &rows, (x, first), &mut factors);
+                    add_groups::<BITS, GROUP, FAST>(&rows, (x, first), &factors, &mut totals);
+                }
+                for (y, [even, odd]) in y.iter_mut().zip(totals) {
+                    *y = sum_lanes(add_lanes(even, odd));
                 }
             }
         }
 
-        /// The products of biases and sums, spread over the lanes.
+        /// Adds `(scale * a) * sum(q * v)` of up to `FACTORS` groups from `first` on to each row's
+        /// totals: in turns to one and the other, since one would wait for each multiply-add.
         #[inline]
         #[target_feature(enable = $features)]
-        fn times_biases((scales, row): (ScaleType, Row), sums: &[f32]) -> Lanes {
-            let mut total = splat(0.0);
-            let biases = row.biases.chunks(LANES * scales.bytes());
-            for (biases, sums) in biases.zip(sums.chunks(LANES)) {
-                total = fma(widen(scales, biases), first_floats(sums), total);
+        fn add_groups<const BITS: usize, const GROUP: usize, const FAST: bool>(
+            rows: &[Row; ROW_BLOCK],
+            (x, first): (&Fixed, usize),
+            factors: &[[f32; FACTORS]; ROW_BLOCK],
+            totals: &mut [[Lanes; 2]; ROW_BLOCK],
+        ) {
+            let count = FACTORS.min(x.scales.len() - first);
+            let range = first * GROUP * BITS / 8..(first + count) * GROUP * BITS / 8;
+            let mut ahead = rows[0].weight.as_ptr().wrapping_add(AHEAD_BYTES + range.start);
+            let mut packed = [&[][..]; ROW_BLOCK];
+            for (packed, row) in packed.iter_mut().zip(rows) {
+                *packed = &row.weight[range.clone()];
             }
-            total
+            let hi = &x.hi[first * GROUP..][..count * GROUP];
+            let lo = if FAST { hi } else { &x.lo[first * GROUP..][..count * GROUP] };
+            let (hi, hi_rest) = hi.as_chunks::<64>();
+            let (lo, lo_rest) = lo.as_chunks::<64>();
+            for (pair, (hi, lo)) in hi.chunks(2).zip(lo.chunks(2)).enumerate() {
+                for line in 0..(16 * BITS * ROW_BLOCK).div_ceil(64) {
+                    floats::prefetch(ahead.wrapping_add(64 * line));
+                }
+                ahead = ahead.wrapping_add(16 * BITS * ROW_BLOCK);
+                for (chain, x) in hi.iter().zip(lo).enumerate() {
+                    let at = (2 * pair + chain) * 64 / GROUP % FACTORS;
+                    for n in 0..ROW_BLOCK {
+                        let (next, rest) = packed[n].split_at(8 * BITS);
+                        let total = &mut totals[n][chain];
+                        *total = step::<BITS, GROUP, FAST>(next, x, &factors[n][at..], *total);
+                        packed[n] = rest;
+                    }
+                }
+            }
+            if !hi_rest.is_empty() {
+                let x = (&padded(hi_rest), &padded(lo_rest));
+                for n in 0..ROW_BLOCK {
+                    let packed = &padded(packed[n])[..8 * BITS];
+                    let factors = [factors[n][count - 1], 0.0];
+                    let total = &mut totals[n][hi.len() % 2];
+                    *total = step::<BITS, GROUP, FAST>(packed, x, &factors, *total);
+                }
+            }
+        }
+
+        /// `factors[n][i] = scale * a` of the activation groups from `first` on. Asks for the scales
+        /// of rows `AHEAD_BYTES` after these.
+        #[target_feature(enable = $features)]
+        fn multiply_scales<const BF16: bool>(
+            format: Format,
+            rows: &[Row; ROW_BLOCK],
+            (x, first): (&Fixed, usize),
+            factors: &mut [[f32; FACTORS]; ROW_BLOCK],
+        ) {
+            let Format::Affine { scales, .. } = format else { return };
+            let scales = if BF16 { ScaleType::Bf16 } else { scales };
+            let count = FACTORS.min(x.scales.len() - first);
+            let a = &x.scales[first..][..count];
+            for (factors, row) in factors.iter_mut().zip(rows) {
+                floats::prefetch(scales_ahead(row, row.scales));
+                if x.layout.sum_group() != x.layout.scale_group() {
+                    for (i, (to, a)) in factors.iter_mut().zip(a).enumerate() {
+                        *to = scale_at(scales, row.scales, (first + i) / 2) * a;
+                    }
+                    continue;
+                }
+                let row = &row.scales[first * scales.bytes()..][..count * scales.bytes()];
+                let (to, _) = factors.as_chunks_mut::<LANES>();
+                let (a, rest) = a.as_chunks::<LANES>();
+                let (row, row_rest) = row.split_at(a.len() * LANES * scales.bytes());
+                let whole = row.chunks_exact(LANES * scales.bytes()).zip(a);
+                for (to, (row, a)) in to.iter_mut().zip(whole) {
+                    store(mul_lanes(widen(scales, row), load(a)), to);
+                }
+                if let (Some(to), false) = (to.get_mut(a.len()), rest.is_empty()) {
+                    store(mul_lanes(widen(scales, row_rest), first_floats(rest)), to);
+                }
+            }
+        }
+
+        /// Adds the products of biases and sums to the second of each row's totals, spread over the
+        /// lanes. Asks for the biases of rows `AHEAD_BYTES` after these.
+        #[target_feature(enable = $features)]
+        fn add_biases<const BF16: bool>(
+            format: Format,
+            rows: &[Row; ROW_BLOCK],
+            sums: &[f32],
+            totals: &mut [[Lanes; 2]; ROW_BLOCK],
+        ) {
+            let Format::Affine { scales, .. } = format else { return };
+            let scales = if BF16 { ScaleType::Bf16 } else { scales };
+            let (sums, rest) = sums.as_chunks::<LANES>();
+            for (total, row) in totals.iter_mut().zip(rows) {
+                floats::prefetch(scales_ahead(row, row.biases));
+                let mut sum = splat(0.0);
+                let (row, row_rest) = row.biases.split_at(sums.len() * LANES * scales.bytes());
+                for (row, sums) in row.chunks_exact(LANES * scales.bytes()).zip(sums) {
+                    sum = fma(widen(scales, row), load(sums), sum);
+                }
+                if !rest.is_empty() {
+                    sum = fma(widen(scales, row_rest), first_floats(rest), sum);
+                }
+                total[1] = sum;
+            }
+        }
+
+        /// Where the scales or biases of a row lie that is `AHEAD_BYTES` after this one, if any is.
+        #[inline]
+        #[target_feature(enable = $features)]
+        fn scales_ahead(row: &Row, scales: &[u8]) -> *const u8 {
+            let rows = AHEAD_BYTES / row.weight.len().max(1);
+            scales.as_ptr().wrapping_add(rows * scales.len())
         }
 
         #[target_feature(enable = $features)]

@@ -29,6 +29,11 @@ use crate::isa::{Isa, Kind, dispatch_fixed};
 
 /// Rows that a tile of `mat_mul_fixed` holds.
 pub const TILE_ROWS: usize = 32;
+/// How far ahead of their use weights are asked for, in bytes: the time in which a core reads this
+/// much from memory covers the time of one access.
+const AHEAD_BYTES: usize = 4096;
+/// Rows that share the loads of one vector.
+const ROW_BLOCK: usize = 4;
 /// Elements of a fixed vector that share a scale, at most.
 const LONGEST_GROUP: usize = 64;
 /// Factors of a row made at a time: a whole number of registers, and of steps.

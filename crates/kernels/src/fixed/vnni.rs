@@ -9,12 +9,14 @@ use std::arch::x86_64::*;
 use std::ops::Range;
 
 use super::avx512::{
-    BLOCK_PANELS, BLOCK_TOKENS, Bytes, Ints, as_bytes, as_lanes, broadcast, codes, first_bytes,
-    first_floats, load_bytes, of_groups, signed, store_bytes, times_256, to_floats, transpose,
-    zero_bytes, zero_ints,
+    BLOCK_PANELS, BLOCK_TOKENS, Bytes, Ints, as_bytes, as_lanes, broadcast, codes, first_floats,
+    load_bytes, of_groups, signed, store_bytes, times_256, to_floats, transpose, widen, zero_bytes,
+    zero_ints,
 };
 use super::lanes::{by_width, fixed_operations};
-use super::{FACTORS, Fixed, FixedLayout, FixedMut, TILE_ROWS, Tile, TileMut, padded};
+use super::{
+    AHEAD_BYTES, FACTORS, Fixed, FixedLayout, FixedMut, ROW_BLOCK, TILE_ROWS, Tile, TileMut, padded,
+};
 use crate::avx512::{
     self as floats, LANES, Lanes, add_lanes, fma, load, mul_lanes, splat, store, sum_lanes,
 };
