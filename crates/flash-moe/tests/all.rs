@@ -16,4 +16,5 @@ mod invariance;
 mod parity;
 
 mod bench;
+mod hot_set;
 mod run;
