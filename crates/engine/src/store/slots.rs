@@ -162,7 +162,8 @@ impl Slots {
         self.slots[index] = Slot {
             state: SlotState::Reading(key),
             pins: u32::from(!purpose.is_ahead()),
-            marked: purpose == Purpose::Use,
+            // What an earlier run used has been used: it stays for a round of the hand.
+            marked: matches!(purpose, Purpose::Use | Purpose::Preload),
             brought: purpose,
         };
         self.places[key.0 as usize] = index as u32;
