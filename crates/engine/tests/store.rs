@@ -255,7 +255,7 @@ fn a_hot_set_brings_more_hits_and_the_same_logits() {
     let (warm, _, logits) = run(&hot);
     assert_eq!(logits, expected);
     assert_eq!(warm.hits + warm.misses, cold.hits + cold.misses);
-    assert!(warm.hits > cold.hits + 20, "{warm:?} after {cold:?}");
+    assert!(warm.hits > cold.hits + 10, "{warm:?} after {cold:?}");
     assert!(warm.preloaded.useful > 20 && cold.preloaded.reads == 0, "{warm:?} after {cold:?}");
 }
 

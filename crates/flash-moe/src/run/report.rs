@@ -365,7 +365,7 @@ mod tests {
         off.counters.total.hot_set.reads = 7;
         off.counters.total.hot_set.useful = 6;
         let said = off.summary();
-        assert!(said.contains("token; hot set 6 useful, 0 wasted (0.0 MiB); peak"), "{said}");
+        assert!(said.contains("token; hot set 6 useful, 0 wasted (0 B); peak"), "{said}");
     }
 
     #[test]
