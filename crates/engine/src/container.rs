@@ -14,6 +14,7 @@ use flash_moe_kernels::{Format, Rows, ScaleType};
 use safetensors::Dtype;
 use safetensors::tensor::{Metadata, TensorInfo};
 use serde::{Deserialize, Serialize};
+use xxhash_rust::xxh3::xxh3_64;
 
 use crate::error::{Error, Result};
 use crate::memory::{Block, page_multiple};
@@ -262,6 +263,7 @@ pub struct Manifest {
 pub struct Container {
     dir: PathBuf,
     manifest: Manifest,
+    identity: u64,
     layouts: Vec<RecordLayout>,
     dense_path: PathBuf,
     dense: File,
@@ -275,14 +277,15 @@ impl Container {
     /// # Errors
     /// Missing directory or file, another format version, malformed JSON, a file of another size.
     pub fn open(dir: &Path) -> Result<Self> {
-        let manifest = read_manifest(dir)?;
+        let (manifest, identity) = read_manifest(dir)?;
         manifest.shape.check()?;
         let layouts = check_expert_files(dir, &manifest)?;
         let dense_path = dir.join(&manifest.dense.file);
         check_size(&dense_path, manifest.dense.bytes)?;
         let dense = File::open(&dense_path).map_err(|e| Error::io(&dense_path, e))?;
         let (header, data_start) = read_safetensors_header(&dense_path, &dense)?;
-        Ok(Self { dir: dir.into(), manifest, layouts, dense_path, dense, header, data_start })
+        let dir = dir.into();
+        Ok(Self { dir, manifest, identity, layouts, dense_path, dense, header, data_start })
     }
 
     /// The directory.
@@ -293,6 +296,11 @@ impl Container {
     /// The manifest.
     pub fn manifest(&self) -> &Manifest {
         &self.manifest
+    }
+
+    /// xxh3-64 of the manifest's bytes: it names every checksum, so two models never share it.
+    pub fn identity(&self) -> u64 {
+        self.identity
     }
 
     /// The model's shape.
@@ -532,7 +540,8 @@ pub fn read_safetensors_header(path: &Path, file: &File) -> Result<(Metadata, u6
     Ok((metadata, 8 + header_bytes))
 }
 
-fn read_manifest(dir: &Path) -> Result<Manifest> {
+/// The manifest and the xxh3-64 of its bytes.
+fn read_manifest(dir: &Path) -> Result<(Manifest, u64)> {
     let path = dir.join(MANIFEST_FILE);
     if !path.exists() {
         let hint = match (dir.exists(), dir.join("config.json").exists()) {
@@ -552,7 +561,8 @@ fn read_manifest(dir: &Path) -> Result<Manifest> {
             "layout version {version:?}, this build reads {VERSION}; convert the model again"
         )));
     }
-    serde_json::from_value(value).map_err(|e| malformed(e.to_string()))
+    let manifest = serde_json::from_value(value).map_err(|e| malformed(e.to_string()))?;
+    Ok((manifest, xxh3_64(text.as_bytes())))
 }
 
 fn check_expert_files(dir: &Path, manifest: &Manifest) -> Result<Vec<RecordLayout>> {

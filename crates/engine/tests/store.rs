@@ -114,7 +114,7 @@ fn a_guess_that_comes_true_is_not_read_again() {
     }
     fetch_all(&store, &container, 3, &[1, 2, 30]);
     assert_eq!(store.counters().misses, 1, "only the one that was not guessed");
-    assert_eq!(store.guesses().useful, 2);
+    assert_eq!(store.counters().guessed.useful, 2);
 }
 
 #[test]
@@ -188,4 +188,90 @@ fn every_lookahead_gives_the_same_logits() {
     let off = logits(Lookahead::Off);
     assert_eq!(logits(Lookahead::Router), off);
     assert_eq!(logits(Lookahead::Previous), off);
+}
+
+/// Waits until so many records of a hot set are in the pool.
+fn wait_for_preloads(store: &ExpertStore, reads: u64) {
+    let started = Instant::now();
+    while store.counters().preloaded.reads < reads {
+        assert!(started.elapsed() < Duration::from_secs(60), "idle readers read the hot set");
+        std::thread::yield_now();
+    }
+}
+
+/// The bytes that were demanded are those of the misses; what was read ahead is counted apart.
+fn assert_demanded_is_missed(store: &ExpertStore) {
+    let counters = store.counters();
+    assert_eq!(counters.demanded_bytes(), counters.misses * 28_672, "{counters:?}");
+    for ahead in [counters.guessed, counters.preloaded] {
+        assert_eq!(ahead.read_bytes, ahead.reads * 28_672, "{counters:?}");
+        assert_eq!(ahead.useful_bytes, ahead.useful * 28_672, "{counters:?}");
+    }
+}
+
+#[test]
+fn a_hot_set_fills_the_empty_slots_in_its_order_and_no_others() {
+    let (_dir, container) = model();
+    let store = store(&container, 10, IoMode::Auto);
+    fetch_all(&store, &container, 2, &[0, 1, 2, 3]);
+    // What this model does not have, and what is in the pool already, takes no slot.
+    let foreign = [(LayerId(99), ExpertId(0), 9), (LayerId(0), ExpertId(48), 9)];
+    let present = [(LayerId(2), ExpertId(3), 9)];
+    let wanted = (0..20).map(|e| (LayerId(5), ExpertId(e), 8));
+    store.preload(foreign.into_iter().chain(present).chain(wanted));
+    wait_for_preloads(&store, 5);
+    fetch_all(&store, &container, 5, &[0, 1, 2, 3, 4]);
+    fetch_all(&store, &container, 2, &[0, 1, 2, 3]);
+    let counters = store.counters();
+    assert_eq!((counters.misses, counters.preloaded.useful), (4, 5), "{counters:?}");
+    assert_demanded_is_missed(&store);
+    let hot = store.hot_set();
+    assert_eq!(hot[0], (LayerId(2), ExpertId(3), 9 / 2 + 2), "half of the saved uses count on");
+    assert!(hot.contains(&(LayerId(5), ExpertId(0), 5)), "{hot:?}");
+}
+
+#[test]
+fn a_hot_set_brings_more_hits_and_the_same_logits() {
+    let run = |hot: &[(LayerId, ExpertId, u32)]| {
+        let (_dir, container) = model();
+        let plan = Budget::plan(&container, &options()).expect("a plan");
+        // The working set of one token three times over: a quarter of the records.
+        let room = 2 * plan.slots_floor as u64 * plan.slot_bytes;
+        let options = Options { memory_bytes: Some(plan.smallest() + room), ..options() };
+        let engine = Arc::new(Engine::open(container, &options).expect("it opens"));
+        engine.store().preload(hot.iter().copied());
+        let (slots, _) = engine.store().occupancy();
+        wait_for_preloads(engine.store(), hot.len().min(slots) as u64);
+        let mut session = Session::new(&engine);
+        let mut logits = Vec::new();
+        for token in 0..30 {
+            session.step(TokenId(token * 91 % 4000)).expect("a step");
+            logits.extend(session.logits().iter().map(|l| l.to_bits()));
+        }
+        assert_demanded_is_missed(engine.store());
+        (engine.store().counters(), engine.store().hot_set(), logits)
+    };
+    let (cold, hot, expected) = run(&[]);
+    let (warm, _, logits) = run(&hot);
+    assert_eq!(logits, expected);
+    assert_eq!(warm.hits + warm.misses, cold.hits + cold.misses);
+    assert!(warm.hits > cold.hits + 10, "{warm:?} after {cold:?}");
+    assert!(warm.preloaded.useful > 20 && cold.preloaded.reads == 0, "{warm:?} after {cold:?}");
+}
+
+#[test]
+fn every_byte_is_demanded_or_guessed() {
+    for lookahead in [Lookahead::Off, Lookahead::Router, Lookahead::Previous] {
+        let (_dir, container) = model();
+        let plan = Budget::plan(&container, &options()).expect("a plan");
+        let options = Options { lookahead, memory_bytes: Some(plan.smallest()), ..options() };
+        let engine = Arc::new(Engine::open(container, &options).expect("it opens"));
+        let mut session = Session::new(&engine);
+        for token in 0..20 {
+            session.step(TokenId(token * 91 % 4000)).expect("a step");
+        }
+        assert_demanded_is_missed(engine.store());
+        let counters = engine.store().counters();
+        assert_eq!(counters.guessed.reads > 0, lookahead != Lookahead::Off, "{counters:?}");
+    }
 }

@@ -108,6 +108,8 @@ pub fn run(args: &EvalArgs) -> Result<()> {
     let memory = memory_of_each(args, reference.is_some());
     let engine = open_engine(&args.engine, model, window, memory)?;
     let reference = reference.map(|r| open_engine(&args.engine, r, window, memory)).transpose()?;
+    let hot_set = args.hot_set.file(engine.container());
+    hot_set.iter().for_each(|file| file.load(&engine));
 
     let started = Instant::now();
     let bar = progress(args, tokens.len());
@@ -121,6 +123,7 @@ pub fn run(args: &EvalArgs) -> Result<()> {
         bar.inc(window.len() as u64);
     }
     bar.finish_and_clear();
+    hot_set.iter().for_each(|file| file.save(&engine));
     let against = reference.map(|r| sums.compared(r.container().manifest().name.clone()));
     tell(
         args,

@@ -7,10 +7,13 @@
 
 mod options;
 
+mod hot_set;
 mod tiny;
 
 mod eval;
 mod run;
+
+mod read_ahead;
 
 mod bench;
 mod plan;

@@ -79,6 +79,8 @@ fn run_adds_up(run: &Value, model: &Value, padded: u64) {
     let experts = &run["experts"];
     let (hits, misses) = (experts["hits"].as_u64().unwrap(), experts["misses"].as_u64().unwrap());
     assert_eq!(experts["read_bytes"].as_u64().unwrap(), misses * padded);
+    assert_eq!(experts["demanded_bytes"], experts["read_bytes"]);
+    assert_eq!(experts["lookahead"]["reads"], 0);
     assert!(run["pool"] == "warm" || misses > 0, "a cold run reads: {run}");
     if run["phase"] == "decode" {
         let each = model["layers"].as_u64().unwrap() * model["experts_per_token"].as_u64().unwrap();
@@ -113,6 +115,30 @@ fn tables_are_at_most_100_columns_wide() {
         assert!(widest.is_some_and(|w| w <= 100), "{widest:?} columns:\n{page}");
         assert!(page.contains("tok/s") && page.contains("machine"), "{page}");
     }
+}
+
+#[test]
+fn guessed_bytes_are_told_apart_from_demanded_ones() {
+    let home = converted();
+    let model = text(&home.path("container"));
+    let args = ["bench", "--model", &model, "--quick", "--lookahead", "previous", "--decode", "16"];
+    let found = object(&home, &[&args[..], &["--json"]].concat());
+    assert_eq!(found["model"]["lookahead"], "previous");
+    let padded = found["model"]["record_bytes"].as_u64().unwrap().next_multiple_of(4096);
+    let mut guesses = 0;
+    for run in list(&found["runs"]) {
+        let (experts, ahead) = (&run["experts"], &run["experts"]["lookahead"]);
+        let count = |value: &Value| value.as_u64().expect("a count");
+        assert_eq!(count(&experts["demanded_bytes"]), count(&experts["misses"]) * padded, "{run}");
+        let guessed = count(&experts["read_bytes"]) - count(&experts["demanded_bytes"]);
+        assert_eq!(count(&ahead["read_bytes"]), guessed, "{run}");
+        assert_eq!(guessed, count(&ahead["reads"]) * padded, "{run}");
+        guesses += count(&ahead["reads"]);
+    }
+    assert!(guesses > 0, "a cold pool has something to guess");
+    let page = String::from_utf8(home.succeed(&args).stdout).expect("text");
+    assert!(page.contains("lookahead previous") && page.contains("wasted MB/token"), "{page}");
+    assert!(page.lines().all(|line| line.chars().count() <= 100), "{page}");
 }
 
 #[test]

@@ -4,7 +4,6 @@
 //! for a slot only while it holds none itself, so several fetches can never wait for each other.
 
 use std::ops::Deref;
-use std::sync::atomic::Ordering;
 use std::sync::{Arc, MutexGuard, PoisonError};
 use std::time::Instant;
 
@@ -159,7 +158,7 @@ impl<'s> Fetch<'s> {
         let started = Instant::now();
         let pool = self.store.inner.changed.wait(pool).unwrap_or_else(PoisonError::into_inner);
         let waited = started.elapsed().as_nanos() as u64;
-        self.store.inner.counters.wait_ns.fetch_add(waited, Ordering::Relaxed);
+        self.store.inner.counters.waited(waited);
         pool
     }
 }

@@ -5,6 +5,7 @@
 //! hands records out as they are ready, hits first. An expert that two fetches want is read once. A
 //! read that fails is an error of the fetches that wait for it, naming layer, expert, file, offset.
 
+mod counters;
 mod fetch;
 mod readers;
 mod slots;
@@ -12,21 +13,22 @@ mod slots;
 pub mod measure;
 pub mod read;
 
+pub use counters::{Ahead, StoreCounters};
 pub use fetch::{Fetch, Landed, Record};
 pub use readers::IoMode;
 
-use std::collections::HashMap;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use crate::container::Container;
 use crate::error::{Error, Result};
 use crate::memory::Block;
 use crate::shape::{ExpertId, LayerId};
-use readers::{Job, Readers};
-use slots::{Key, SlotId, Slots};
+use counters::AtomicCounters;
+use readers::{GUESSES_RUNNING_MAX, Job, Readers};
+use slots::{Key, SlotId, SlotState, Slots};
 
-pub use slots::{Guesses, Purpose};
+pub use slots::Purpose;
 
 /// Where one layer's records lie.
 struct LayerFile {
@@ -60,45 +62,8 @@ struct PoolState {
     slot_bytes: usize,
     uses: Vec<u32>,                 // [keys], how often a token used the expert
     failures: HashMap<u32, String>, // by slot, until the last waiter has been told
-}
-
-#[derive(Default)]
-struct AtomicCounters {
-    hits: AtomicU64,
-    misses: AtomicU64,
-    read_bytes: AtomicU64,
-    wait_ns: AtomicU64,
-}
-
-/// What the store has done so far.
-#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
-pub struct StoreCounters {
-    /// Records found in the pool (or already being read for somebody else).
-    pub hits: u64,
-    /// Records that had to be read.
-    pub misses: u64,
-    /// Bytes read from the layer files.
-    pub read_bytes: u64,
-    /// Time that compute waited for reads, in nanoseconds.
-    pub wait_ns: u64,
-}
-
-impl StoreCounters {
-    /// What happened since `before`.
-    pub fn since(&self, before: &Self) -> Self {
-        Self {
-            hits: self.hits - before.hits,
-            misses: self.misses - before.misses,
-            read_bytes: self.read_bytes - before.read_bytes,
-            wait_ns: self.wait_ns - before.wait_ns,
-        }
-    }
-
-    /// Hits over hits and misses; 0 before the first fetch.
-    pub fn hit_rate(&self) -> f64 {
-        let total = self.hits + self.misses;
-        if total == 0 { 0.0 } else { self.hits as f64 / total as f64 }
-    }
+    preloads: VecDeque<Key>,        // of a saved hot set, not yet queued
+    preloading: usize,              // of a saved hot set, queued or being read
 }
 
 /// How the store is set up.
@@ -134,6 +99,8 @@ impl ExpertStore {
                 slot_bytes,
                 uses: vec![0; files.len() * experts],
                 failures: HashMap::new(),
+                preloads: VecDeque::new(),
+                preloading: 0,
             }),
             files,
             ordinals,
@@ -158,18 +125,16 @@ impl ExpertStore {
 
     /// Forgets every record that nobody holds, as if the store had just been opened.
     pub fn forget(&self) {
-        self.inner.lock().slots.clear();
+        let mut pool = self.inner.lock();
+        pool.preloads.clear();
+        pool.slots.clear();
     }
 
     /// The counters so far.
     pub fn counters(&self) -> StoreCounters {
-        let c = &self.inner.counters;
-        StoreCounters {
-            hits: c.hits.load(Ordering::Relaxed),
-            misses: c.misses.load(Ordering::Relaxed),
-            read_bytes: c.read_bytes.load(Ordering::Relaxed),
-            wait_ns: c.wait_ns.load(Ordering::Relaxed),
-        }
+        // Reads are counted under the lock, so that records and bytes agree.
+        let _pool = self.inner.lock();
+        self.inner.counters.load()
     }
 
     /// Asks for experts of one layer that a token needs. Reads of those that are not in the pool
@@ -201,7 +166,7 @@ impl ExpertStore {
             }
             let Some(slot) = pool.slots.claim(key, Purpose::Guess) else { return };
             let block = pool.take_block(slot);
-            self.readers.submit_guess(Job { key, slot, block, fleeting: true });
+            self.readers.submit_guess(Job { key, slot, block, purpose: Purpose::Guess });
         }
     }
 
@@ -217,32 +182,29 @@ impl ExpertStore {
         hot
     }
 
-    /// Brings a saved hot set in while nobody waits for a read, as far as the pool has room.
+    /// Brings a saved hot set in, in its order, while nobody waits for a read and as far as slots
+    /// are empty: it never takes a slot from what is in the pool.
     ///
-    /// Experts that this model does not have are ignored: the list is a hint from a file.
-    pub fn preload(&self, experts: impl Iterator<Item = (LayerId, ExpertId)>) {
+    /// Half of the saved uses count on, so that old habits fade. Experts that this model does not
+    /// have are ignored: the list is a hint from a file.
+    pub fn preload(&self, experts: impl IntoIterator<Item = (LayerId, ExpertId, u32)>) {
         let mut pool = self.inner.lock();
         let mut room = pool.slots.count() - pool.slots.used();
-        for (layer, expert) in experts {
+        for (layer, expert, uses) in experts {
             let known = matches!(self.inner.ordinals.get(usize::from(layer.0)), Some(Some(_)))
                 && usize::from(expert.0) < self.inner.experts;
             if room == 0 {
-                return;
+                break;
             }
             let key = if known { self.inner.key(layer, expert) } else { continue };
-            if pool.slots.holds(key) {
-                continue;
-            }
-            let Some(slot) = pool.slots.claim(key, Purpose::Guess) else { return };
-            let block = pool.take_block(slot);
-            self.readers.submit_guess(Job { key, slot, block, fleeting: false });
+            let count = &mut pool.uses[key.0 as usize];
+            *count = count.saturating_add(uses / 2);
+            pool.preloads.push_back(key);
             room -= 1;
         }
-    }
-
-    /// What became of guesses so far.
-    pub fn guesses(&self) -> Guesses {
-        self.inner.lock().slots.guesses()
+        while let Some(job) = pool.next_preload() {
+            self.readers.submit_guess(job);
+        }
     }
 
     /// Slots that each layer would have if they were shared evenly.
@@ -266,18 +228,24 @@ impl ExpertStore {
     /// `None` when no slot can be had now.
     fn request(&self, pool: &mut PoolState, key: Key, purpose: Purpose) -> Option<SlotId> {
         let counters = &self.inner.counters;
-        pool.uses[key.0 as usize] += u32::from(purpose == Purpose::Use);
+        let uses = &mut pool.uses[key.0 as usize];
+        *uses = uses.saturating_add(u32::from(purpose == Purpose::Use));
+        let brought = pool.slots.brought(key);
         if let Some(slot) = pool.slots.pin(key, purpose) {
-            counters.hits.fetch_add(1, Ordering::Relaxed);
-            if matches!(pool.slots.state(slot), slots::SlotState::Reading(_)) {
-                self.readers.promote(slot);
+            let reading = matches!(pool.slots.state(slot), SlotState::Reading(_));
+            // A guess whose read had not begun saves nothing: its bytes are the token's.
+            if reading && self.readers.promote(slot, purpose) {
+                pool.preloading -= usize::from(brought == Purpose::Preload);
+                counters.miss();
+            } else {
+                counters.hit(brought, self.inner.locate(key).0.read_bytes);
             }
             return Some(slot);
         }
         let slot = pool.slots.claim(key, purpose)?;
-        counters.misses.fetch_add(1, Ordering::Relaxed);
+        counters.miss();
         let block = pool.take_block(slot);
-        self.readers.submit(Job { key, slot, block, fleeting: false });
+        self.readers.submit(Job { key, slot, block, purpose });
         Some(slot)
     }
 }
@@ -287,6 +255,27 @@ impl PoolState {
     fn take_block(&mut self, slot: SlotId) -> Arc<Block> {
         let block = self.blocks[slot.0 as usize].take();
         block.unwrap_or_else(|| Arc::new(Block::zeroed(self.slot_bytes)))
+    }
+
+    /// The next read of a saved hot set; none while as many are under way as may be, and no more
+    /// once no slot is empty.
+    fn next_preload(&mut self) -> Option<Job> {
+        if self.preloading == GUESSES_RUNNING_MAX {
+            return None;
+        }
+        let key = loop {
+            let key = self.preloads.pop_front()?;
+            if !self.slots.holds(key) {
+                break key;
+            }
+        };
+        let Some(slot) = self.slots.claim_empty(key, Purpose::Preload) else {
+            self.preloads.clear();
+            return None;
+        };
+        let block = self.take_block(slot);
+        self.preloading += 1;
+        Some(Job { key, slot, block, purpose: Purpose::Preload })
     }
 }
 
@@ -314,19 +303,28 @@ impl Inner {
         Error::Record { layer: file.layer, expert, path: file.path.clone(), offset, reason }
     }
 
-    /// Puts a finished read's block back and wakes whoever waits for it.
-    fn finish(&self, job: Job, outcome: std::io::Result<()>) {
+    /// Puts a finished read's block back, wakes whoever waits for it, and gives what to read next
+    /// when nobody waits for a read.
+    #[must_use]
+    fn finish(&self, job: Job, outcome: std::io::Result<()>) -> Option<Job> {
         let mut pool = self.lock();
         pool.blocks[job.slot.0 as usize] = Some(job.block);
+        pool.preloading -= usize::from(job.purpose == Purpose::Preload);
         match outcome {
-            Ok(()) => pool.slots.landed(job.slot),
+            Ok(()) => {
+                self.counters.read(job.purpose, self.locate(job.key).0.read_bytes);
+                pool.slots.landed(job.slot);
+            }
             Err(e) => {
                 pool.slots.failed(job.slot);
                 pool.failures.insert(job.slot.0, describe(&e));
+                pool.preloads.clear();
             }
         }
+        let next = pool.next_preload();
         drop(pool);
         self.changed.notify_all();
+        next
     }
 }
 

@@ -7,12 +7,11 @@
 use std::collections::VecDeque;
 use std::fs::{File, OpenOptions};
 use std::path::Path;
-use std::sync::atomic::Ordering;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 
 use super::read::read_exact_at;
-use super::slots::{Key, SlotId};
+use super::slots::{Key, Purpose, SlotId};
 use super::{Inner, LayerFile};
 use crate::container::Container;
 use crate::error::{Error, Result};
@@ -44,8 +43,8 @@ pub(super) struct Job {
     pub key: Key,
     pub slot: SlotId,
     pub block: Arc<Block>,
-    /// Whether a guess may be withdrawn before it begins.
-    pub fleeting: bool,
+    /// A guess may be withdrawn before it begins.
+    pub purpose: Purpose,
 }
 
 pub(super) struct Readers {
@@ -68,7 +67,7 @@ struct Jobs {
 }
 
 /// Readers that may be busy with guesses: the others stay free for what a token waits for.
-const GUESSES_RUNNING_MAX: usize = 2;
+pub(super) const GUESSES_RUNNING_MAX: usize = 2;
 
 impl Readers {
     pub fn start(inner: &Arc<Inner>, threads: usize) -> Self {
@@ -90,34 +89,26 @@ impl Readers {
 
     /// Queues a read that is made only when nobody waits for another.
     pub fn submit_guess(&self, job: Job) {
-        let mut jobs = self.queue.lock();
-        // What a token may need in a moment goes before what warms the pool up.
-        if job.fleeting {
-            let place = jobs.guessed.iter().position(|j| !j.fleeting).unwrap_or(jobs.guessed.len());
-            jobs.guessed.insert(place, job);
-        } else {
-            jobs.guessed.push_back(job);
-        }
-        drop(jobs);
-        self.queue.ready.notify_one();
+        self.queue.push_guess(job);
     }
 
-    /// Moves a queued guess to the reads that somebody waits for.
-    pub fn promote(&self, slot: SlotId) {
+    /// Moves a queued guess to the reads that somebody waits for; `false` if it is not queued.
+    pub fn promote(&self, slot: SlotId, purpose: Purpose) -> bool {
         let mut jobs = self.queue.lock();
-        if let Some(place) = jobs.guessed.iter().position(|job| job.slot == slot) {
-            let job = jobs.guessed.remove(place).expect("the place was just found");
-            jobs.wanted.push_back(job);
-        }
+        let place = jobs.guessed.iter().position(|job| job.slot == slot);
+        let job = place.and_then(|place| jobs.guessed.remove(place));
+        let found = job.is_some();
+        jobs.wanted.extend(job.map(|job| Job { purpose, ..job }));
+        found
     }
 
-    /// Takes back every fleeting guess that has not begun.
+    /// Takes back every guess of lookahead that has not begun.
     pub fn withdraw_guesses(&self) -> VecDeque<Job> {
         let mut jobs = self.queue.lock();
         let guessed = std::mem::take(&mut jobs.guessed);
-        let (fleeting, kept) = guessed.into_iter().partition(|job| job.fleeting);
+        let (guesses, kept) = guessed.into_iter().partition(|job| job.purpose == Purpose::Guess);
         jobs.guessed = kept;
-        fleeting
+        guesses
     }
 }
 
@@ -140,6 +131,16 @@ impl Drop for Readers {
 impl Queue {
     fn lock(&self) -> std::sync::MutexGuard<'_, Jobs> {
         self.jobs.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn push_guess(&self, job: Job) {
+        let mut jobs = self.lock();
+        // What a token may need in a moment goes before what warms the pool up.
+        let kept = jobs.guessed.iter().position(|j| j.purpose != Purpose::Guess);
+        let place = kept.filter(|_| job.purpose == Purpose::Guess).unwrap_or(jobs.guessed.len());
+        jobs.guessed.insert(place, job);
+        drop(jobs);
+        self.ready.notify_one();
     }
 
     /// The next read, and whether it is a guess.
@@ -174,12 +175,12 @@ fn serve(queue: &Queue, inner: &Inner) {
         let block = Arc::get_mut(&mut job.block).expect("a slot being read is not shared");
         let buffer = &mut block.bytes_mut()[..file.read_bytes];
         let outcome = read_exact_at(&file.file, buffer, offset);
-        if outcome.is_ok() {
-            inner.counters.read_bytes.fetch_add(file.read_bytes as u64, Ordering::Relaxed);
-        }
-        inner.finish(job, outcome);
+        let next = inner.finish(job, outcome);
         if guess {
             queue.guess_done();
+        }
+        if let Some(next) = next {
+            queue.push_guess(next);
         }
     }
 }

@@ -4,7 +4,8 @@
 //! pinned slot is in use by a fetch and is never evicted. Eviction is CLOCK: a hit sets a mark, the
 //! hand clears marks until it meets an unmarked slot that nobody holds. A scan (a prompt that passes
 //! over whole layers) recycles its own slots once the pool is full, so that it cannot wash out what
-//! decoding uses; a guess (lookahead) is counted as useful when it is asked for, as wasted when not.
+//! decoding uses. What is brought in before anybody asks is not pinned: a guess (lookahead) takes a slot
+//! like a use, a preload (what an earlier run used) only one that is empty.
 
 use std::collections::VecDeque;
 
@@ -38,6 +39,15 @@ pub enum Purpose {
     Scan,
     /// It may be needed soon.
     Guess,
+    /// An earlier run used it.
+    Preload,
+}
+
+impl Purpose {
+    /// Whether nobody has asked for it.
+    fn is_ahead(self) -> bool {
+        matches!(self, Self::Guess | Self::Preload)
+    }
 }
 
 #[derive(Clone, Copy)]
@@ -48,15 +58,6 @@ struct Slot {
     brought: Purpose,
 }
 
-/// What became of guesses.
-#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
-pub struct Guesses {
-    /// Asked for after they were brought in or queued.
-    pub useful: u64,
-    /// Evicted or withdrawn unasked.
-    pub wasted: u64,
-}
-
 const NOWHERE: u32 = u32::MAX;
 
 /// The table of slots.
@@ -65,7 +66,7 @@ pub struct Slots {
     places: Vec<u32>, // [keys], slot of the expert or NOWHERE
     hand: usize,
     scanned: VecDeque<u32>, // slots that scans brought in, oldest first; some may have moved on
-    guesses: Guesses,
+    empty_below: usize,     // no slot from here on is empty, as far as preloads have looked
 }
 
 impl Slots {
@@ -77,13 +78,8 @@ impl Slots {
             places: vec![NOWHERE; keys],
             hand: 0,
             scanned: VecDeque::new(),
-            guesses: Guesses::default(),
+            empty_below: slots,
         }
-    }
-
-    /// What became of guesses so far.
-    pub fn guesses(&self) -> Guesses {
-        self.guesses
     }
 
     /// Experts that are ready, in slot order.
@@ -114,6 +110,12 @@ impl Slots {
         self.slots[slot.0 as usize].state
     }
 
+    /// Why an expert that is here was brought in, or what it was asked for since.
+    pub fn brought(&self, key: Key) -> Purpose {
+        let slot = self.slots.get(self.places[key.0 as usize] as usize);
+        slot.map_or(Purpose::Use, |slot| slot.brought)
+    }
+
     /// Finds an expert that is ready or being read and pins its slot.
     ///
     /// Only a use marks it: a scan that meets an expert says nothing about the tokens after it.
@@ -121,13 +123,10 @@ impl Slots {
         let place = self.places[key.0 as usize];
         let slot = self.slots.get_mut(place as usize)?;
         slot.pins += 1;
-        if slot.brought == Purpose::Guess {
-            self.guesses.useful += 1;
-        }
         if purpose == Purpose::Use {
             slot.marked = true;
         }
-        if purpose == Purpose::Use || slot.brought == Purpose::Guess {
+        if purpose == Purpose::Use || slot.brought.is_ahead() {
             slot.brought = purpose;
         }
         Some(SlotId(place))
@@ -146,14 +145,29 @@ impl Slots {
         if purpose == Purpose::Scan {
             self.scanned.push_back(index as u32);
         }
+        Some(self.fill(index, key, purpose))
+    }
+
+    /// Takes an empty slot for an expert that is about to be read, from the end that the hand comes
+    /// to last: what is claimed first stays longest. `None` when no slot is empty.
+    pub fn claim_empty(&mut self, key: Key, purpose: Purpose) -> Option<SlotId> {
+        debug_assert!(!self.holds(key), "claimed only when it is not here");
+        let below = &self.slots[..self.empty_below];
+        let index = below.iter().rposition(|slot| slot.state == SlotState::Empty);
+        self.empty_below = index.unwrap_or(0);
+        Some(self.fill(index?, key, purpose))
+    }
+
+    fn fill(&mut self, index: usize, key: Key, purpose: Purpose) -> SlotId {
         self.slots[index] = Slot {
             state: SlotState::Reading(key),
-            pins: u32::from(purpose != Purpose::Guess),
-            marked: purpose == Purpose::Use,
+            pins: u32::from(!purpose.is_ahead()),
+            // What an earlier run used has been used: it stays for a round of the hand.
+            marked: matches!(purpose, Purpose::Use | Purpose::Preload),
             brought: purpose,
         };
         self.places[key.0 as usize] = index as u32;
-        Some(SlotId(index as u32))
+        SlotId(index as u32)
     }
 
     /// Withdraws a guess whose read has not begun; `false` if somebody has asked for it since.
@@ -198,10 +212,8 @@ impl Slots {
 
     /// Forgets what a slot holds.
     fn vacate(&mut self, index: usize) {
-        let slot = self.slots[index];
-        if let SlotState::Ready(key) | SlotState::Reading(key) = slot.state {
+        if let SlotState::Ready(key) | SlotState::Reading(key) = self.slots[index].state {
             self.places[key.0 as usize] = NOWHERE;
-            self.guesses.wasted += u64::from(slot.brought == Purpose::Guess);
         }
     }
 
@@ -227,6 +239,7 @@ impl Slots {
 
     /// Empties every slot whose record nobody holds.
     pub fn clear(&mut self) {
+        self.empty_below = self.slots.len();
         for index in 0..self.slots.len() {
             if let (SlotState::Ready(_), 0) = (self.slots[index].state, self.slots[index].pins) {
                 self.vacate(index);
@@ -342,7 +355,7 @@ mod tests {
     fn read(slots: &mut Slots, key: u32, purpose: Purpose) -> SlotId {
         let slot = slots.claim(Key(key), purpose).unwrap();
         slots.landed(slot);
-        if purpose != Purpose::Guess {
+        if !purpose.is_ahead() {
             slots.unpin(slot);
         }
         slot
@@ -362,27 +375,31 @@ mod tests {
     }
 
     #[test]
-    fn guesses_are_counted_useful_when_asked_for_and_wasted_when_not() {
+    fn a_guess_is_withdrawn_until_somebody_asks_for_it() {
         let mut slots = Slots::new(3, 10);
-        read(&mut slots, 0, Purpose::Guess);
-        read(&mut slots, 1, Purpose::Guess);
-        let used = slots.pin(Key(0), Purpose::Use).unwrap();
-        slots.unpin(used);
-        let again = slots.pin(Key(0), Purpose::Use).unwrap();
-        slots.unpin(again);
-        assert_eq!(slots.guesses(), Guesses { useful: 1, wasted: 0 });
         let queued = slots.claim(Key(2), Purpose::Guess).unwrap();
         assert!(slots.withdraw(queued), "nobody asked for it");
         assert!(!slots.holds(Key(2)));
         let asked = slots.claim(Key(3), Purpose::Guess).unwrap();
-        let waiting = slots.pin(Key(3), Purpose::Use).unwrap();
+        assert_eq!(slots.brought(Key(3)), Purpose::Guess);
+        slots.pin(Key(3), Purpose::Use).unwrap();
+        assert_eq!(slots.brought(Key(3)), Purpose::Use);
         assert!(!slots.withdraw(asked), "somebody waits for it");
-        slots.landed(asked);
-        slots.unpin(waiting);
-        for key in 4..8 {
-            read(&mut slots, key, Purpose::Use);
+    }
+
+    #[test]
+    fn a_preload_takes_empty_slots_only_and_the_first_stays_longest() {
+        let mut slots = Slots::new(4, 10);
+        read(&mut slots, 0, Purpose::Use);
+        for key in 1..4 {
+            let slot = slots.claim_empty(Key(key), Purpose::Preload).unwrap();
+            slots.landed(slot);
         }
-        assert_eq!(slots.guesses(), Guesses { useful: 2, wasted: 2 });
+        assert_eq!(slots.claim_empty(Key(4), Purpose::Preload), None);
+        for (key, gone) in [(5, 3), (6, 2), (7, 1)] {
+            read(&mut slots, key, Purpose::Use);
+            assert!(!slots.holds(Key(gone)), "{gone} goes for {key}");
+        }
     }
 
     proptest! {

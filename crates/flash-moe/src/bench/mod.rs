@@ -119,6 +119,7 @@ fn model_of(engine: &Engine, work: &Work, seed: u64, open_seconds: f64) -> Model
         context: budget.context,
         prefill_chunk: options.prefill_chunk,
         readers: options.readers,
+        lookahead: options.lookahead.name(),
         io: if engine.store().is_direct() { "direct" } else { "buffered" },
         prompt: format!("prompts are random ids, seed {seed}; decode takes the likeliest token"),
         open_seconds,

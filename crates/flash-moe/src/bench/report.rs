@@ -12,6 +12,7 @@ use super::check::Check;
 use super::limits::{DotsRate, MemoryRate, fastest};
 use super::walk::{Phase, PoolState, Run};
 use super::work::Work;
+use crate::read_ahead::ReadAhead;
 
 /// Everything a bench found.
 #[derive(Debug, Serialize)]
@@ -74,6 +75,8 @@ pub struct Model {
     pub prefill_chunk: usize,
     /// Expert reads in flight.
     pub readers: usize,
+    /// How the next layer's experts were guessed.
+    pub lookahead: &'static str,
     /// `direct` or `buffered`.
     pub io: &'static str,
     /// What the prompt is.
@@ -146,8 +149,12 @@ pub struct Experts {
     pub misses: u64,
     /// Hits over both.
     pub hit_rate: f64,
-    /// Bytes read.
+    /// Bytes read, for whatever reason.
     pub read_bytes: u64,
+    /// Bytes read because a token asked for them: those of the misses.
+    pub demanded_bytes: u64,
+    /// Read by `--lookahead`.
+    pub lookahead: ReadAhead,
     /// Bytes read for each token.
     pub read_bytes_per_token: f64,
     /// Time that compute waited for reads.
@@ -249,6 +256,8 @@ impl Experts {
             misses: reads.misses,
             hit_rate: reads.hit_rate(),
             read_bytes: reads.read_bytes,
+            demanded_bytes: reads.demanded_bytes(),
+            lookahead: reads.guessed.into(),
             read_bytes_per_token: reads.read_bytes as f64 / run.tokens as f64,
             wait_seconds: reads.wait_ns as f64 / 1e9,
             read_bytes_per_second: rate,
@@ -290,14 +299,14 @@ fn stage_report(run: &Run, stage: Stage, work: &Work, limits: &Limits) -> StageR
 pub fn csv(runs: &[RunReport]) -> String {
     let mut text = String::from(
         "repeat,phase,pool,position,tokens,run_seconds,tokens_per_second,hits,misses,read_bytes,\
-         wait_seconds,stage,seconds,calls,bytes,operations,limit,limit_fraction\n",
+         demanded_bytes,guesses_useful,guesses_wasted,wait_seconds,stage,seconds,calls,bytes,operations,limit,limit_fraction\n",
     );
     for run in runs {
         let e = &run.experts;
         let phase = if run.phase == Phase::Decode { "decode" } else { "prefill" };
         let pool = if run.pool == PoolState::Cold { "cold" } else { "warm" };
         let head = format!(
-            "{},{phase},{pool},{},{},{:.9},{:.4},{},{},{},{:.9}",
+            "{},{phase},{pool},{},{},{:.9},{:.4},{},{},{},{},{},{},{:.9}",
             run.repeat,
             run.position,
             run.tokens,
@@ -306,6 +315,9 @@ pub fn csv(runs: &[RunReport]) -> String {
             e.hits,
             e.misses,
             e.read_bytes,
+            e.demanded_bytes,
+            e.lookahead.useful,
+            e.lookahead.wasted,
             e.wait_seconds
         );
         for s in &run.stages {

@@ -29,6 +29,9 @@ pub fn render(report: &Report) -> String {
     }
     let middle = medians(&report.runs);
     out += &summary(&middle);
+    if report.model.lookahead != "off" {
+        out += &lookahead(report.model.lookahead, &middle);
+    }
     for (run, _) in middle.iter().filter(|(run, _)| run.pool == PoolState::Warm) {
         out += &stages(run);
     }
@@ -182,6 +185,39 @@ fn summary(middle: &[(&RunReport, (f64, f64))]) -> String {
             e.read_bytes_per_token / 1e6,
             percent(e.wait_seconds / run.seconds),
             percent(run.memory_fraction)
+        )
+        .expect("writing to a string does not fail");
+    }
+    out
+}
+
+/// What was read because it was guessed, apart from what tokens asked for.
+fn lookahead(how: &str, middle: &[(&RunReport, (f64, f64))]) -> String {
+    let mut out = format!(
+        "\n{:<21}{:>8}{:>10}{:>10}{:>18}{:>17}{:>16}\n",
+        format!("lookahead {how}"),
+        "guesses",
+        "useful",
+        "wasted",
+        "demanded MB/token",
+        "guessed MB/token",
+        "wasted MB/token"
+    );
+    for (run, _) in middle {
+        let (e, guesses) = (&run.experts, &run.experts.lookahead);
+        let per_token = |bytes: u64| bytes as f64 / run.tokens as f64 / 1e6;
+        writeln!(
+            out,
+            "{:<8}{:<5}{:>8}{:>8}{:>10}{:>10}{:>18.1}{:>17.1}{:>16.1}",
+            phase(run),
+            pool(run),
+            run.position,
+            guesses.reads,
+            guesses.useful,
+            guesses.wasted,
+            per_token(e.demanded_bytes),
+            per_token(guesses.read_bytes),
+            per_token(guesses.wasted_bytes)
         )
         .expect("writing to a string does not fail");
     }

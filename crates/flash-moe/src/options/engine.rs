@@ -2,7 +2,9 @@
 //!
 //! Resolves them against the machine and the container into the engine's own options.
 
+use std::convert::Infallible;
 use std::path::PathBuf;
+use std::str::FromStr;
 use std::thread;
 
 use anyhow::{Context, Result, bail};
@@ -15,6 +17,7 @@ use flash_moe_engine::{Arithmetic, Lookahead};
 use flash_moe_kernels::Isa;
 
 use super::{environment, size};
+use crate::hot_set::{self, HotSetFile};
 use crate::tiny;
 
 /// Bytes that a loaded tokenizer takes for each byte of its file: 154 MB for Qwen3.5's 10 MB.
@@ -74,6 +77,27 @@ pub struct EngineArgs {
     /// and LOSSY.
     #[arg(long, value_name = "K", help_heading = "Machine")]
     pub experts_per_token: Option<usize>,
+}
+
+/// What is kept from one run to the next, for commands that start with an empty cache of experts.
+#[derive(Args, Clone, Debug)]
+pub struct HotSetArgs {
+    /// Keep which experts were used, for the next run to read them in the background while no
+    /// token waits for a read: `auto` in hot-set.json beside the model, or in a FILE. Never changes
+    /// the numbers.
+    #[arg(long, value_name = "auto|off|FILE", default_value = "off", help_heading = "Machine")]
+    pub hot_set: HotSetChoice,
+}
+
+/// Values of `--hot-set`.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum HotSetChoice {
+    /// Nothing is kept.
+    Off,
+    /// Beside the model.
+    Auto,
+    /// In this file.
+    File(PathBuf),
 }
 
 /// Values of `--isa`.
@@ -201,6 +225,29 @@ impl EngineArgs {
             (_, true) => Arithmetic::Fast8,
             _ => Arithmetic::Fixed16,
         }
+    }
+}
+
+impl HotSetArgs {
+    /// Where the hot set of a model is kept, if it is.
+    pub fn file(&self, container: &Container) -> Option<HotSetFile> {
+        match &self.hot_set {
+            HotSetChoice::Off => None,
+            HotSetChoice::Auto => Some(HotSetFile::new(container.dir().join(hot_set::FILE_NAME))),
+            HotSetChoice::File(path) => Some(HotSetFile::new(path.clone())),
+        }
+    }
+}
+
+impl FromStr for HotSetChoice {
+    type Err = Infallible;
+
+    fn from_str(text: &str) -> Result<Self, Infallible> {
+        Ok(match text {
+            "off" => Self::Off,
+            "auto" => Self::Auto,
+            path => Self::File(path.into()),
+        })
     }
 }
 

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::engine::{EngineArgs, at_least_one};
+use super::engine::{EngineArgs, HotSetArgs, at_least_one};
 
 /// Shown below the flags.
 const EXAMPLES: &str = "\
@@ -49,4 +49,8 @@ pub struct EvalArgs {
     /// Model and machine.
     #[command(flatten)]
     pub engine: EngineArgs,
+
+    /// What is kept for the next run.
+    #[command(flatten)]
+    pub hot_set: HotSetArgs,
 }

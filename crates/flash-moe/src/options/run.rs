@@ -10,7 +10,7 @@ use clap::Args;
 use flash_moe_engine::generation::GenerationConfig;
 use flash_moe_engine::sampler::Sampling;
 
-use super::engine::{EngineArgs, at_least_one};
+use super::engine::{EngineArgs, HotSetArgs, at_least_one};
 
 /// Shown below the flags.
 const EXAMPLES: &str = "\
@@ -38,6 +38,9 @@ pub struct RunArgs {
     /// Model and machine.
     #[command(flatten)]
     pub engine: EngineArgs,
+    /// What is kept for the next run.
+    #[command(flatten)]
+    pub hot_set: HotSetArgs,
     /// Thinking and length.
     #[command(flatten)]
     pub length: LengthArgs,

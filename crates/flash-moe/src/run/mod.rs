@@ -28,6 +28,7 @@ use flash_moe_engine::timing::Timing;
 use flash_moe_engine::tokenizer::Tokenizer;
 use indicatif::{ProgressBar, ProgressStyle};
 
+use crate::hot_set::HotSetFile;
 use crate::options::environment;
 use crate::options::run::RunArgs;
 use answer::{Answer, Show};
@@ -41,6 +42,7 @@ use trace::TraceFile;
 struct Run<'a> {
     args: &'a RunArgs,
     engine: Arc<Engine>,
+    hot_set: Option<HotSetFile>,
     tokenizer: Option<Tokenizer>,
     prompt: Vec<TokenId>,
     sampling: Sampling,
@@ -77,7 +79,9 @@ pub fn run(args: &RunArgs) -> Result<ExitCode> {
     if let Some(trace) = trace {
         trace.write(session.take_trace(), &run.prompt, &outcome.tokens)?;
     }
-    run.tell(&session, outcome)
+    let status = run.tell(&session, outcome)?;
+    run.hot_set.iter().for_each(|file| file.save(&run.engine));
+    Ok(status)
 }
 
 impl<'a> Run<'a> {
@@ -103,12 +107,15 @@ impl<'a> Run<'a> {
         let spinner = spinner(args, &model.container.manifest().name, &budget);
         let engine = Arc::new(Engine::open(model.container, &options)?);
         spinner.finish_and_clear();
+        let hot_set = args.hot_set.file(engine.container());
+        hot_set.iter().for_each(|file| file.load(&engine));
         if args.output.timing {
             eprintln!("memory plan\n{}", engine.budget());
         }
         Ok(Self {
             args,
             engine,
+            hot_set,
             tokenizer: model.tokenizer,
             prompt: prompt.tokens,
             sampling,
@@ -228,6 +235,8 @@ impl<'a> Run<'a> {
             activations: engine.options().arithmetic.name(),
             io: if engine.store().is_direct() { "direct" } else { "buffered" },
             readers: options.readers,
+            lookahead: options.lookahead.name(),
+            hot_set: self.hot_set.as_ref().map(|file| file.path().display().to_string()),
             memory_bytes: engine.budget().limit,
             cached_experts: engine.budget().slots,
             context: engine.context(),

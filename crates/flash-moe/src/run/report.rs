@@ -14,6 +14,7 @@ use serde::Serialize;
 use serde_json::{Map, Value, json};
 
 use super::generate::Finish;
+use crate::read_ahead::ReadAhead;
 
 /// One finished run.
 #[derive(Debug, Serialize)]
@@ -71,8 +72,10 @@ pub struct Counters {
     pub prefill: Reads,
     /// The output alone.
     pub decode: Reads,
-    /// Bytes read for each decoded token.
+    /// Bytes read for each decoded token, for whatever reason.
     pub decode_read_bytes_per_token: Option<f64>,
+    /// Bytes of those that the token had asked for.
+    pub decode_demanded_bytes_per_token: Option<f64>,
 }
 
 /// Expert reads of one part of a run.
@@ -84,8 +87,14 @@ pub struct Reads {
     pub misses: u64,
     /// Hits over both; 0 without any.
     pub hit_rate: f64,
-    /// Bytes read from disk.
+    /// Bytes read from disk, for whatever reason.
     pub read_bytes: u64,
+    /// Bytes read because a token asked for them: those of the misses.
+    pub demanded_bytes: u64,
+    /// Read by `--lookahead`.
+    pub lookahead: ReadAhead,
+    /// Read of a `--hot-set`.
+    pub hot_set: ReadAhead,
     /// Time that compute waited for reads.
     pub wait_ms: f64,
 }
@@ -105,6 +114,10 @@ pub struct Settings {
     pub io: &'static str,
     /// Expert reads in flight.
     pub readers: usize,
+    /// How the next layer's experts were guessed.
+    pub lookahead: &'static str,
+    /// Where the hot set is kept, if it is.
+    pub hot_set: Option<String>,
     /// Memory limit of the process.
     pub memory_bytes: u64,
     /// Experts that the cache holds.
@@ -128,6 +141,9 @@ impl From<StoreCounters> for Reads {
             misses: c.misses,
             hit_rate: c.hit_rate(),
             read_bytes: c.read_bytes,
+            demanded_bytes: c.demanded_bytes(),
+            lookahead: c.guessed.into(),
+            hot_set: c.preloaded.into(),
             wait_ms: c.wait_ns as f64 / 1e6,
         }
     }
@@ -137,12 +153,13 @@ impl Counters {
     /// From the store's counters after the prompt and at the end, with the tokens decoded between.
     pub fn new(prefill: StoreCounters, end: StoreCounters, decoded: usize) -> Self {
         let decode = end.since(&prefill);
-        let per_token = (decoded > 0).then(|| decode.read_bytes as f64 / decoded as f64);
+        let per_token = |bytes: u64| (decoded > 0).then(|| bytes as f64 / decoded as f64);
         Self {
             total: end.into(),
             prefill: prefill.into(),
             decode: decode.into(),
-            decode_read_bytes_per_token: per_token,
+            decode_read_bytes_per_token: per_token(decode.read_bytes),
+            decode_demanded_bytes_per_token: per_token(decode.demanded_bytes()),
         }
     }
 }
@@ -163,10 +180,11 @@ impl Report {
         if self.finish_reason == Finish::Interrupted {
             line += ", interrupted";
         }
-        if let Some(bytes) = self.counters.decode_read_bytes_per_token {
+        if let Some(bytes) = self.counters.decode_demanded_bytes_per_token {
             let percent = self.counters.decode.hit_rate * 100.0;
             line += &format!("; expert hits {percent:.1} %, {} read a token", gib(bytes as u64));
         }
+        line += &self.read_ahead();
         if self.settings.sampling["greedy"] == false {
             line += &format!("; seed {}", self.settings.sampling["seed"]);
         }
@@ -174,6 +192,19 @@ impl Report {
             line += &format!("; peak memory {}", gib(bytes));
         }
         line
+    }
+
+    /// What lookahead and the hot set brought, where they are on.
+    fn read_ahead(&self) -> String {
+        let total = &self.counters.total;
+        let said = |name: &str, ahead: &ReadAhead| {
+            let (useful, wasted, bytes) = (ahead.useful, ahead.wasted, gib(ahead.wasted_bytes));
+            format!("; {name} {useful} useful, {wasted} wasted ({bytes})")
+        };
+        let guessed =
+            (self.settings.lookahead != "off").then(|| said("lookahead", &total.lookahead));
+        let kept = (total.hot_set.reads > 0).then(|| said("hot set", &total.hot_set));
+        guessed.into_iter().chain(kept).collect()
     }
 }
 
@@ -268,10 +299,25 @@ fn high_water(status: &str) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use flash_moe_engine::store::Ahead;
 
     fn report() -> Report {
-        let prefill = StoreCounters { hits: 1, misses: 3, read_bytes: 3 << 20, wait_ns: 1_500_000 };
-        let end = StoreCounters { hits: 10, misses: 6, read_bytes: 6 << 20, wait_ns: 2_000_000 };
+        let prefill = StoreCounters {
+            hits: 1,
+            misses: 3,
+            read_bytes: 3 << 20,
+            wait_ns: 1_500_000,
+            ..StoreCounters::default()
+        };
+        let guessed = Ahead { reads: 5, read_bytes: 5 << 20, useful: 2, useful_bytes: 2 << 20 };
+        let end = StoreCounters {
+            hits: 10,
+            misses: 6,
+            read_bytes: 11 << 20,
+            wait_ns: 2_000_000,
+            guessed,
+            ..StoreCounters::default()
+        };
         Report {
             model: "m".into(),
             prompt_tokens: vec![1, 2],
@@ -292,6 +338,8 @@ mod tests {
                 activations: "f32",
                 io: "direct",
                 readers: 8,
+                lookahead: "router",
+                hot_set: None,
                 memory_bytes: 1,
                 cached_experts: 1,
                 context: 512,
@@ -309,8 +357,15 @@ mod tests {
         assert_eq!(
             report().summary(),
             "prompt 2 tokens at 100.0 tok/s, first token after 0.03 s; generated 3 tokens at \
-             50.0 tok/s; expert hits 75.0 %, 1.5 MiB read a token; peak memory 70.0 MiB"
+             50.0 tok/s; expert hits 75.0 %, 1.5 MiB read a token; lookahead 2 useful, 3 wasted \
+             (3.0 MiB); peak memory 70.0 MiB"
         );
+        let mut off = report();
+        off.settings.lookahead = "off";
+        off.counters.total.hot_set.reads = 7;
+        off.counters.total.hot_set.useful = 6;
+        let said = off.summary();
+        assert!(said.contains("token; hot set 6 useful, 0 wasted (0 B); peak"), "{said}");
     }
 
     #[test]
@@ -320,6 +375,9 @@ mod tests {
         assert_eq!(object["counters"]["misses"], 6);
         assert_eq!(object["counters"]["prefill"]["wait_ms"], 1.5);
         assert_eq!(object["counters"]["decode"]["hit_rate"], 0.75);
+        assert_eq!(object["counters"]["demanded_bytes"], 6 << 20);
+        assert_eq!(object["counters"]["decode"]["lookahead"]["wasted_bytes"], 3 << 20);
+        assert_eq!(object["counters"]["decode_read_bytes_per_token"], f64::from(4 << 20));
         assert_eq!(object["settings"]["sampling"]["greedy"], true);
         let warm = Sampling { temperature: 0.7, ..Sampling::greedy() };
         assert_eq!(sampling(&warm)["temperature"].to_string(), "0.7");
