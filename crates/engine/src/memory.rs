@@ -1,39 +1,36 @@
 //! Page-aligned owned bytes.
 //!
 //! Expert slots and dense weights live in blocks of 4096-byte pages, because direct reads need the
-//! memory, the offset and the length aligned to that. A block is zeroed when made and never grows.
-
-use bytemuck::{Pod, Zeroable};
+//! memory, the offset and the length aligned to that. A block is zero when made and never grows. The
+//! system hands out zero pages as they are touched, so making a block costs nothing: an allocator
+//! that is asked for the alignment itself would write zeros first.
 
 /// Alignment of record strides, direct reads and blocks, in bytes.
 pub const PAGE_BYTES: usize = 4096;
 
-#[derive(Clone, Copy, Pod, Zeroable)]
-#[repr(C, align(4096))]
-struct Page([u8; PAGE_BYTES]);
-
-const _: () = assert!(size_of::<Page>() == PAGE_BYTES && align_of::<Page>() == PAGE_BYTES);
-
 /// An owned, page-aligned run of bytes.
 pub struct Block {
-    pages: Vec<Page>,
+    memory: Vec<u8>, // never grows, so it stays where it is
+    start: usize,
     bytes: usize,
 }
 
 impl Block {
-    /// A zeroed block of `bytes`, rounded up to whole pages in memory.
+    /// A block of zeros, rounded up to whole pages in memory.
     pub fn zeroed(bytes: usize) -> Self {
-        Self { pages: bytemuck::zeroed_vec(bytes.div_ceil(PAGE_BYTES)), bytes }
+        let memory = vec![0; page_multiple(bytes) + PAGE_BYTES];
+        let start = memory.as_ptr().align_offset(PAGE_BYTES);
+        Self { memory, start, bytes }
     }
 
     /// The bytes asked for.
     pub fn bytes(&self) -> &[u8] {
-        &bytemuck::cast_slice(&self.pages)[..self.bytes]
+        &self.memory[self.start..][..self.bytes]
     }
 
     /// The bytes asked for, writable.
     pub fn bytes_mut(&mut self) -> &mut [u8] {
-        &mut bytemuck::cast_slice_mut(&mut self.pages)[..self.bytes]
+        &mut self.memory[self.start..][..self.bytes]
     }
 }
 
