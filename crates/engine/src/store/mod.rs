@@ -5,15 +5,22 @@
 //! hands records out as they are ready, hits first. An expert that two fetches want is read once. A
 //! read that fails is an error of the fetches that wait for it, naming layer, expert, file, offset.
 
+mod choice;
 mod fetch;
+mod files;
+mod queue;
 mod readers;
+#[cfg_attr(not(target_os = "linux"), path = "no_ring.rs")]
+mod ring;
 mod slots;
 
 pub mod measure;
 pub mod read;
 
+pub use choice::Choice;
 pub use fetch::{Fetch, Landed, Record};
-pub use readers::IoMode;
+pub use files::IoMode;
+pub use readers::Reader;
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -23,26 +30,18 @@ use crate::container::Container;
 use crate::error::{Error, Result};
 use crate::memory::Block;
 use crate::shape::{ExpertId, LayerId};
-use readers::{Job, Readers};
+use files::LayerFile;
+use queue::Job;
+use readers::Readers;
 use slots::{Key, SlotId, Slots};
 
 pub use slots::{Guesses, Purpose};
-
-/// Where one layer's records lie.
-struct LayerFile {
-    layer: LayerId,
-    path: std::path::PathBuf,
-    file: std::fs::File,
-    stride_bytes: usize,
-    /// Bytes to read for a record: whole pages when the stride allows it.
-    read_bytes: usize,
-}
 
 /// The bounded pool and its readers.
 pub struct ExpertStore {
     inner: Arc<Inner>,
     readers: Readers,
-    direct: bool,
+    choice: Choice,
 }
 
 struct Inner {
@@ -106,10 +105,14 @@ impl StoreCounters {
 pub struct StoreOptions {
     /// Records the pool holds.
     pub slots: usize,
-    /// Reader threads, which is also the number of reads in flight.
+    /// Reads in flight.
     pub readers: usize,
+    /// Who makes them.
+    pub reader: Reader,
     /// Direct or buffered reads.
     pub io: IoMode,
+    /// Memory that stays free beside the process, in bytes: what a page cache may take.
+    pub spare_bytes: u64,
 }
 
 impl ExpertStore {
@@ -120,7 +123,8 @@ impl ExpertStore {
     pub fn open(container: &Container, options: StoreOptions) -> Result<Self> {
         let shape = container.shape();
         let experts = shape.moe.experts;
-        let (files, direct) = readers::open_files(container, options.io)?;
+        let choice = Choice::make(container, options)?;
+        let files = files::open_layers(container, choice.direct)?;
         let mut ordinals = vec![None; shape.layers.len()];
         for (ordinal, file) in (0u16..).zip(&files) {
             ordinals[usize::from(file.layer.0)] = Some(ordinal);
@@ -141,13 +145,19 @@ impl ExpertStore {
             changed: Condvar::new(),
             counters: AtomicCounters::default(),
         });
-        let readers = Readers::start(&inner, options.readers.clamp(1, 64));
-        Ok(Self { inner, readers, direct })
+        let reader = options.reader.resolve(choice.direct);
+        let readers = Readers::start(&inner, reader, options.readers.clamp(1, 64));
+        Ok(Self { inner, readers, choice })
     }
 
-    /// Whether reads bypass the page cache.
-    pub fn is_direct(&self) -> bool {
-        self.direct
+    /// Whether reads bypass the page cache, and why.
+    pub fn choice(&self) -> &Choice {
+        &self.choice
+    }
+
+    /// Who reads: [`Reader::Uring`] or [`Reader::Threads`].
+    pub fn reader(&self) -> Reader {
+        self.readers.reader
     }
 
     /// Number of slots, and how many are in use.
@@ -201,7 +211,7 @@ impl ExpertStore {
             }
             let Some(slot) = pool.slots.claim(key, Purpose::Guess) else { return };
             let block = pool.take_block(slot);
-            self.readers.submit_guess(Job { key, slot, block, fleeting: true });
+            self.readers.queue.submit_guess(Job { key, slot, block, fleeting: true });
         }
     }
 
@@ -235,7 +245,7 @@ impl ExpertStore {
             }
             let Some(slot) = pool.slots.claim(key, Purpose::Guess) else { return };
             let block = pool.take_block(slot);
-            self.readers.submit_guess(Job { key, slot, block, fleeting: false });
+            self.readers.queue.submit_guess(Job { key, slot, block, fleeting: false });
             room -= 1;
         }
     }
@@ -252,11 +262,11 @@ impl ExpertStore {
     }
 
     fn withdraw(&self, pool: &mut PoolState) {
-        for job in self.readers.withdraw_guesses() {
+        for job in self.readers.queue.withdraw_guesses() {
             if pool.slots.withdraw(job.slot) {
                 pool.blocks[job.slot.0 as usize] = Some(job.block);
             } else {
-                self.readers.submit(job);
+                self.readers.queue.submit(job);
             }
         }
     }
@@ -270,14 +280,14 @@ impl ExpertStore {
         if let Some(slot) = pool.slots.pin(key, purpose) {
             counters.hits.fetch_add(1, Ordering::Relaxed);
             if matches!(pool.slots.state(slot), slots::SlotState::Reading(_)) {
-                self.readers.promote(slot);
+                self.readers.queue.promote(slot);
             }
             return Some(slot);
         }
         let slot = pool.slots.claim(key, purpose)?;
         counters.misses.fetch_add(1, Ordering::Relaxed);
         let block = pool.take_block(slot);
-        self.readers.submit(Job { key, slot, block, fleeting: false });
+        self.readers.queue.submit(Job { key, slot, block, fleeting: false });
         Some(slot)
     }
 }
@@ -316,6 +326,10 @@ impl Inner {
 
     /// Puts a finished read's block back and wakes whoever waits for it.
     fn finish(&self, job: Job, outcome: std::io::Result<()>) {
+        if outcome.is_ok() {
+            let bytes = self.locate(job.key).0.read_bytes as u64;
+            self.counters.read_bytes.fetch_add(bytes, Ordering::Relaxed);
+        }
         let mut pool = self.lock();
         pool.blocks[job.slot.0 as usize] = Some(job.block);
         match outcome {

@@ -74,8 +74,12 @@ pub struct Model {
     pub prefill_chunk: usize,
     /// Expert reads in flight.
     pub readers: usize,
+    /// Who makes them: `uring` or `threads`.
+    pub reader: &'static str,
     /// `direct` or `buffered`.
     pub io: &'static str,
+    /// What decided that.
+    pub io_why: String,
     /// What the prompt is.
     pub prompt: String,
     /// From opening to a model that is ready.

@@ -77,7 +77,7 @@ fn model_lines(m: &Model) -> String {
         m.open_seconds
     );
     let run = format!(
-        "limit {}, pool {} of {} records ({share:.0} %), context {}, chunk {}, {} {} reads; {}",
+        "limit {}, pool {} of {} records ({share:.0} %), context {}, chunk {}, {} {} reads by {}; {}",
         gib(m.memory_limit_bytes),
         m.slots,
         m.records,
@@ -85,6 +85,7 @@ fn model_lines(m: &Model) -> String {
         m.prefill_chunk,
         m.readers,
         m.io,
+        m.reader,
         m.prompt
     );
     line("model", &model) + &line("run", &run)

@@ -103,8 +103,12 @@ pub struct Settings {
     pub activations: &'static str,
     /// How experts were read: `direct` or `buffered`.
     pub io: &'static str,
+    /// What decided that.
+    pub io_why: String,
     /// Expert reads in flight.
     pub readers: usize,
+    /// Who made them: `uring` or `threads`.
+    pub reader: &'static str,
     /// Memory limit of the process.
     pub memory_bytes: u64,
     /// Experts that the cache holds.
@@ -291,7 +295,9 @@ mod tests {
                 isa: "scalar",
                 activations: "f32",
                 io: "direct",
+                io_why: "asked for".into(),
                 readers: 8,
+                reader: "threads",
                 memory_bytes: 1,
                 cached_experts: 1,
                 context: 512,
