@@ -32,7 +32,7 @@ fn logits(arithmetic: Arithmetic, threads: usize, prefill_chunk: usize) -> Vec<f
         experts_per_token: None,
         prefill_chunk,
         readers: 2,
-        reader: Reader::Auto,
+        reader: Reader::Threads,
         lookahead: Lookahead::Off,
         vocabulary: None,
         other_bytes: 0,

@@ -169,7 +169,7 @@ fn a_store_dropped_with_reads_in_flight_waits_for_them() {
 fn the_way_of_reading_is_chosen_and_the_reason_given() {
     let (_dir, container) = model();
     let choice = |slots, io, spare_bytes| {
-        let options = StoreOptions { slots, readers: 4, reader: Reader::Auto, io, spare_bytes };
+        let options = StoreOptions { slots, readers: 4, reader: Reader::Threads, io, spare_bytes };
         ExpertStore::open(&container, options).expect("a store").choice().clone()
     };
     let asked = choice(1000, IoMode::Buffered, 1 << 40);
@@ -226,7 +226,7 @@ fn options() -> Options {
         experts_per_token: None,
         prefill_chunk: 16,
         readers: 2,
-        reader: Reader::Auto,
+        reader: Reader::Threads,
         lookahead: Lookahead::Off,
         vocabulary: None,
         other_bytes: 0,

@@ -181,7 +181,7 @@ fn unlimited() -> Options {
         experts_per_token: None,
         prefill_chunk: 64,
         readers: 4,
-        reader: Reader::Auto,
+        reader: Reader::Threads,
         lookahead: Lookahead::Off,
         vocabulary: None,
         other_bytes: 0,

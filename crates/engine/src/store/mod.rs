@@ -145,8 +145,7 @@ impl ExpertStore {
             changed: Condvar::new(),
             counters: AtomicCounters::default(),
         });
-        let reader = options.reader.resolve(choice.direct);
-        let readers = Readers::start(&inner, reader, options.readers.clamp(1, 64));
+        let readers = Readers::start(&inner, options.reader, options.readers.clamp(1, 64));
         Ok(Self { inner, readers, choice })
     }
 
@@ -155,7 +154,7 @@ impl ExpertStore {
         &self.choice
     }
 
-    /// Who reads: [`Reader::Uring`] or [`Reader::Threads`].
+    /// Who reads: threads where a ring was asked for and the system has none.
     pub fn reader(&self) -> Reader {
         self.readers.reader
     }

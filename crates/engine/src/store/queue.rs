@@ -124,6 +124,7 @@ impl Queue {
 
     /// Hands the next reads to `begin`, `count` at most, without waiting; `false` when the readers are
     /// to end. The bell is rung again for what is queued after this.
+    #[cfg(target_os = "linux")]
     pub fn take(&self, count: usize, mut begin: impl FnMut(Begun)) -> bool {
         self.lock().rung = false;
         for _ in 0..count {

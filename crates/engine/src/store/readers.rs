@@ -1,8 +1,8 @@
 //! Who reads: a pool of threads with one record each, or one thread with a ring of reads.
 //!
 //! A record is one request, never split: splitting only adds requests (docs/measurements.md). Threads
-//! read everywhere; a ring reads where the system has one, and where it refuses one the threads take
-//! its place without a word but in [`Readers::name`].
+//! read on every system. A ring must be asked for, because it made decoding no faster (entry 7 there),
+//! and where the system refuses one the threads take its place: [`Readers::reader`] says who reads.
 
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
@@ -15,31 +15,18 @@ use super::ring::{self, Ring};
 /// Who reads records.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Reader {
-    /// What was measured to be the better one: the ring for direct reads, threads for buffered ones,
-    /// whose copies they share among them (docs/measurements.md).
-    Auto,
-    /// One thread with io_uring, where the system has it.
-    Uring,
     /// As many threads as reads in flight.
     Threads,
+    /// One thread with io_uring; threads where the system has or allows none.
+    Uring,
 }
 
 impl Reader {
     /// The name of the flag's value.
     pub fn name(self) -> &'static str {
         match self {
-            Self::Auto => "auto",
-            Self::Uring => "uring",
             Self::Threads => "threads",
-        }
-    }
-
-    /// What `auto` means for direct reads and for buffered ones.
-    pub(super) fn resolve(self, direct: bool) -> Self {
-        match (self, direct) {
-            (Self::Auto, true) => Self::Uring,
-            (Self::Auto, false) => Self::Threads,
-            (named, _) => named,
+            Self::Uring => "uring",
         }
     }
 }
@@ -47,7 +34,7 @@ impl Reader {
 /// The running readers of a store; dropped, they end when the reads in flight are complete.
 pub(super) struct Readers {
     pub queue: Arc<Queue>,
-    /// [`Reader::Uring`] or [`Reader::Threads`].
+    /// Who reads, which may not be who was asked for.
     pub reader: Reader,
     threads: Vec<JoinHandle<()>>,
 }
@@ -60,7 +47,7 @@ impl Readers {
                 Ok((ring, bell)) => Self::start_ring(inner, ring, bell),
                 Err(_) => Self::start_threads(inner, depth),
             },
-            _ => Self::start_threads(inner, depth),
+            Reader::Threads => Self::start_threads(inner, depth),
         }
     }
 
