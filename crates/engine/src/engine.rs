@@ -6,14 +6,15 @@
 
 use flash_moe_kernels::Isa;
 
-use crate::budget::Budget;
+use crate::budget::{Budget, Demand};
 use crate::compute::{Arithmetic, Compute};
 use crate::container::{Container, RecordLayout};
 use crate::error::{Error, Result};
 use crate::layer::lookahead::Lookahead;
+use crate::machine;
 use crate::pool::Pool;
 use crate::shape::{LayerId, Shape};
-use crate::store::{ExpertStore, IoMode, StoreOptions};
+use crate::store::{ExpertStore, IoMode, Reader, StoreOptions};
 use crate::weights::Weights;
 
 /// What a user decides about a run.
@@ -37,6 +38,8 @@ pub struct Options {
     pub prefill_chunk: usize,
     /// Expert reads in flight, at least 1.
     pub readers: usize,
+    /// Who makes them.
+    pub reader: Reader,
     /// How the next layer's experts are guessed.
     pub lookahead: Lookahead,
     /// Vocabulary rows that stand for a token; the padding above is masked. `None`: all.
@@ -64,9 +67,18 @@ impl Engine {
         check(container.shape(), options)?;
         let budget = Budget::plan(&container, options)?;
         let weights = Weights::load(&container)?;
+        // The dense weights are taken by now; the rest of the plan is still to come.
+        let planned = budget.total() - Demand::of(&container).dense_bytes;
+        let free = machine::available_memory().unwrap_or(0);
         let store = ExpertStore::open(
             &container,
-            StoreOptions { slots: budget.slots, readers: options.readers, io: options.io },
+            StoreOptions {
+                slots: budget.slots,
+                readers: options.readers,
+                reader: options.reader,
+                io: options.io,
+                spare_bytes: free.saturating_sub(planned),
+            },
         )?;
         let compute = Compute {
             isa: options.isa,

@@ -12,7 +12,7 @@ use flash_moe_engine::container::Container;
 use flash_moe_engine::engine::{Engine, Options};
 use flash_moe_engine::session::Session;
 use flash_moe_engine::shape::TokenId;
-use flash_moe_engine::store::IoMode;
+use flash_moe_engine::store::{IoMode, Reader};
 use flash_moe_engine::{Arithmetic, Lookahead};
 use flash_moe_kernels::Isa;
 
@@ -32,6 +32,7 @@ fn logits(arithmetic: Arithmetic, threads: usize, prefill_chunk: usize) -> Vec<f
         experts_per_token: None,
         prefill_chunk,
         readers: 2,
+        reader: Reader::Threads,
         lookahead: Lookahead::Off,
         vocabulary: None,
         other_bytes: 0,

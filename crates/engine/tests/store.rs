@@ -15,7 +15,7 @@ use flash_moe_engine::container::Container;
 use flash_moe_engine::engine::{Engine, Options};
 use flash_moe_engine::session::Session;
 use flash_moe_engine::shape::{ExpertId, LayerId, TokenId};
-use flash_moe_engine::store::{ExpertStore, IoMode, Landed, StoreOptions};
+use flash_moe_engine::store::{ExpertStore, IoMode, Landed, Reader, StoreOptions};
 use flash_moe_engine::{Arithmetic, Error, Lookahead};
 use flash_moe_kernels::Isa;
 use tempfile::TempDir;
@@ -39,8 +39,15 @@ fn model() -> (TempDir, Container) {
     (dir, container)
 }
 
-fn store(container: &Container, slots: usize, io: IoMode) -> ExpertStore {
-    ExpertStore::open(container, StoreOptions { slots, readers: 4, io }).expect("a store")
+const READERS: [Reader; 2] = [Reader::Threads, Reader::Uring];
+
+fn store(container: &Container, slots: usize, io: IoMode, reader: Reader) -> ExpertStore {
+    let options = StoreOptions { slots, readers: 4, reader, io, spare_bytes: 0 };
+    let store = ExpertStore::open(container, options).expect("a store");
+    if store.reader() != reader {
+        println!("SKIP {reader:?}: this system has none, {:?} took its place", store.reader());
+    }
+    store
 }
 
 /// Fetches in the order of landing and checks each record against the file.
@@ -68,9 +75,9 @@ fn fetch_all(store: &ExpertStore, container: &Container, layer: u16, experts: &[
 #[test]
 fn records_are_the_files_bytes_in_any_pool_and_way_of_reading() {
     let (_dir, container) = model();
-    for io in [IoMode::Auto, IoMode::Buffered] {
+    for (io, reader) in ways() {
         for slots in [4, 7, 100, 1000] {
-            let store = store(&container, slots, io);
+            let store = store(&container, slots, io, reader);
             let all: Vec<u16> = (0..EXPERTS).collect();
             for layer in [0, 11, 0] {
                 fetch_all(&store, &container, layer, &all);
@@ -80,10 +87,18 @@ fn records_are_the_files_bytes_in_any_pool_and_way_of_reading() {
     }
 }
 
+fn ways() -> impl Iterator<Item = (IoMode, Reader)> {
+    READERS.into_iter().flat_map(|r| [IoMode::Auto, IoMode::Buffered].map(|io| (io, r)))
+}
+
 #[test]
 fn what_two_threads_want_is_read_once() {
+    READERS.into_iter().for_each(two_threads);
+}
+
+fn two_threads(reader: Reader) {
     let (_dir, container) = model();
-    let store = store(&container, 600, IoMode::Auto);
+    let store = store(&container, 600, IoMode::Auto, reader);
     let barrier = Barrier::new(2);
     let all: Vec<u16> = (0..EXPERTS).collect();
     std::thread::scope(|scope| {
@@ -104,8 +119,12 @@ fn what_two_threads_want_is_read_once() {
 
 #[test]
 fn a_guess_that_comes_true_is_not_read_again() {
+    READERS.into_iter().for_each(guess_comes_true);
+}
+
+fn guess_comes_true(reader: Reader) {
     let (_dir, container) = model();
-    let store = store(&container, 200, IoMode::Auto);
+    let store = store(&container, 200, IoMode::Auto, reader);
     store.guess(LayerId(3), &[ExpertId(1), ExpertId(2), ExpertId(9)]);
     let started = Instant::now();
     while store.counters().read_bytes < 3 * 28_672 {
@@ -118,9 +137,66 @@ fn a_guess_that_comes_true_is_not_read_again() {
 }
 
 #[test]
+fn guesses_asked_for_or_withdrawn_at_any_moment_leave_records_right() {
+    let (_dir, container) = model();
+    for (io, reader) in ways() {
+        let store = store(&container, 60, io, reader);
+        for round in 0..40 {
+            let guessed: Vec<ExpertId> = (0..12).map(|i| ExpertId((round * 5 + i) % 48)).collect();
+            store.guess(LayerId(round % 12), &guessed);
+            let asked: Vec<u16> = (0..6).map(|i| (round * 5 + 11 - i) % 48).collect();
+            fetch_all(&store, &container, round % 12, &asked);
+        }
+        let counters = store.counters();
+        assert_eq!(counters.hits + counters.misses, 40 * 6);
+    }
+}
+
+#[test]
+fn a_store_dropped_with_reads_in_flight_waits_for_them() {
+    let (_dir, container) = model();
+    for (io, reader) in ways() {
+        for round in 0..20 {
+            let store = store(&container, 100, io, reader);
+            let all: Vec<ExpertId> = (0..EXPERTS).map(ExpertId).collect();
+            drop(store.fetch(LayerId(round % 12), &all));
+            store.preload(all.iter().map(|&e| (LayerId(round % 11 + 1), e, 1)));
+        }
+    }
+}
+
+#[test]
+fn the_way_of_reading_is_chosen_and_the_reason_given() {
+    let (_dir, container) = model();
+    let choice = |slots, io, spare_bytes| {
+        let options = StoreOptions { slots, readers: 4, reader: Reader::Threads, io, spare_bytes };
+        ExpertStore::open(&container, options).expect("a store").choice().clone()
+    };
+    let asked = choice(1000, IoMode::Buffered, 1 << 40);
+    assert_eq!((asked.direct, asked.why.as_str()), (false, "asked for"));
+    let too_large = choice(100, IoMode::Auto, 1 << 20);
+    if too_large.why.contains("no direct reads") {
+        println!("SKIP: the scratch directory has no direct reads");
+        return;
+    }
+    assert!(too_large.direct, "{}", too_large.why);
+    assert!(too_large.why.contains("neither the pool nor the 1.0 MiB"), "{}", too_large.why);
+    for (slots, spare) in [(100, 1 << 40), (1000, 0)] {
+        let tried = choice(slots, IoMode::Auto, spare);
+        let numbers: Vec<f64> = tried.why.split(' ').filter_map(|word| word.parse().ok()).collect();
+        assert!(tried.why.starts_with("tried: ") && numbers.len() == 2, "{}", tried.why);
+        assert!(numbers.iter().all(|&rate| rate >= 0.0), "{}", tried.why);
+    }
+}
+
+#[test]
 fn a_file_cut_off_under_a_store_is_named_and_the_rest_still_reads() {
+    ways().for_each(|(io, reader)| file_cut_off(io, reader));
+}
+
+fn file_cut_off(io: IoMode, reader: Reader) {
     let (dir, container) = model();
-    let store = store(&container, 100, IoMode::Buffered);
+    let store = store(&container, 100, io, reader);
     cut(&dir.path().join("experts/layer_05.bin"), 20 * 28_672 + 100);
     let mut fetch = store.fetch(LayerId(5), &[ExpertId(20)]);
     let error = fetch.ready(&mut Landed::new()).expect_err("the record is cut off");
@@ -150,6 +226,7 @@ fn options() -> Options {
         experts_per_token: None,
         prefill_chunk: 16,
         readers: 2,
+        reader: Reader::Threads,
         lookahead: Lookahead::Off,
         vocabulary: None,
         other_bytes: 0,
@@ -170,12 +247,12 @@ fn a_session_that_met_a_failed_read_refuses_to_go_on() {
 }
 
 #[test]
-fn every_lookahead_gives_the_same_logits() {
-    let logits = |lookahead| {
+fn every_lookahead_and_reader_gives_the_same_logits() {
+    let logits = |lookahead, reader| {
         let (_dir, container) = model();
         let plan = Budget::plan(&container, &options()).expect("a plan");
         let memory_bytes = Some(plan.smallest());
-        let options = Options { lookahead, memory_bytes, ..options() };
+        let options = Options { lookahead, reader, memory_bytes, io: IoMode::Auto, ..options() };
         let at_the_floor = Engine::open(container, &options).expect("it opens at the floor");
         let mut session = Session::new(&Arc::new(at_the_floor));
         let mut all = Vec::new();
@@ -185,9 +262,12 @@ fn every_lookahead_gives_the_same_logits() {
         }
         all
     };
-    let off = logits(Lookahead::Off);
-    assert_eq!(logits(Lookahead::Router), off);
-    assert_eq!(logits(Lookahead::Previous), off);
+    let off = logits(Lookahead::Off, Reader::Threads);
+    for reader in READERS {
+        assert_eq!(logits(Lookahead::Router, reader), off);
+        assert_eq!(logits(Lookahead::Previous, reader), off);
+    }
+    assert_eq!(logits(Lookahead::Off, Reader::Uring), off);
 }
 
 /// Waits until so many records of a hot set are in the pool.
@@ -212,7 +292,7 @@ fn assert_demanded_is_missed(store: &ExpertStore) {
 #[test]
 fn a_hot_set_fills_the_empty_slots_in_its_order_and_no_others() {
     let (_dir, container) = model();
-    let store = store(&container, 10, IoMode::Auto);
+    let store = store(&container, 10, IoMode::Auto, Reader::Threads);
     fetch_all(&store, &container, 2, &[0, 1, 2, 3]);
     // What this model does not have, and what is in the pool already, takes no slot.
     let foreign = [(LayerId(99), ExpertId(0), 9), (LayerId(0), ExpertId(48), 9)];

@@ -11,7 +11,7 @@ use flash_moe_engine::budget::Budget;
 use flash_moe_engine::container::{Container, ExpertFile, Precision};
 use flash_moe_engine::engine::Options;
 use flash_moe_engine::shape::{Family, Mix, Shape};
-use flash_moe_engine::store::IoMode;
+use flash_moe_engine::store::{IoMode, Reader};
 use flash_moe_engine::{Arithmetic, Lookahead};
 use indicatif::DecimalBytes;
 use serde_json::{Value, json};
@@ -181,6 +181,7 @@ fn unlimited() -> Options {
         experts_per_token: None,
         prefill_chunk: 64,
         readers: 4,
+        reader: Reader::Threads,
         lookahead: Lookahead::Off,
         vocabulary: None,
         other_bytes: 0,

@@ -1,8 +1,8 @@
 //! Switches that only move bytes in time leave the logits bit-identical.
 //!
-//! Cache size down to the floor, direct or buffered reads, number of readers and number of threads:
-//! the traces of all of them are equal bit for bit. The size of a prefill chunk changes sums' order,
-//! so there only a bound holds, and it is stated here.
+//! Cache size down to the floor, direct or buffered reads, who reads, how many at once and number of
+//! threads: the traces of all of them are equal bit for bit. The size of a prefill chunk changes
+//! sums' order, so there only a bound holds, and it is stated here.
 
 use crate::program::{Home, TraceFile, id_list, text};
 
@@ -65,6 +65,8 @@ fn cache_size_reader_and_threads_change_no_bit() {
         ["--io", "auto"],
         ["--readers", "1"],
         ["--readers", "9"],
+        ["--reader", "threads"],
+        ["--reader", "uring"],
         ["--threads", "1"],
         ["--threads", "3"],
     ] {

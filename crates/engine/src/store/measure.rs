@@ -9,9 +9,9 @@ use std::sync::Barrier;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
+use super::IoMode;
+use super::files::{self, LayerFile, direct_reads_work, open};
 use super::read::read_exact_at;
-use super::readers::{direct_reads_work, open, open_files};
-use super::{IoMode, LayerFile};
 use crate::container::Container;
 use crate::error::{Error, Result};
 use crate::memory::{Block, page_multiple};
@@ -45,12 +45,16 @@ impl ReadRate {
 }
 
 impl RecordFiles {
-    /// The layer files of a container, as the store opens them.
+    /// The layer files of a container; [`IoMode::Auto`] is direct where that works.
     ///
     /// # Errors
-    /// As [`super::ExpertStore::open`].
+    /// A file that cannot be opened; direct reads demanded where there are none.
     pub fn open(container: &Container, io: IoMode) -> Result<Self> {
-        let (files, direct) = open_files(container, io)?;
+        let direct = io != IoMode::Buffered && files::direct_works(container);
+        if io == IoMode::Direct && !direct {
+            return Err(files::no_direct(container));
+        }
+        let files = files::open_layers(container, direct)?;
         Ok(Self { files, records_each: container.shape().moe.experts, direct })
     }
 

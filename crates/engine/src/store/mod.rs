@@ -5,17 +5,24 @@
 //! hands records out as they are ready, hits first. An expert that two fetches want is read once. A
 //! read that fails is an error of the fetches that wait for it, naming layer, expert, file, offset.
 
+mod choice;
 mod counters;
 mod fetch;
+mod files;
+mod queue;
 mod readers;
+#[cfg_attr(not(target_os = "linux"), path = "no_ring.rs")]
+mod ring;
 mod slots;
 
 pub mod measure;
 pub mod read;
 
+pub use choice::Choice;
 pub use counters::{Ahead, StoreCounters};
 pub use fetch::{Fetch, Landed, Record};
-pub use readers::IoMode;
+pub use files::IoMode;
+pub use readers::Reader;
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -25,26 +32,18 @@ use crate::error::{Error, Result};
 use crate::memory::Block;
 use crate::shape::{ExpertId, LayerId};
 use counters::AtomicCounters;
-use readers::{GUESSES_RUNNING_MAX, Job, Readers};
+use files::LayerFile;
+use queue::{GUESSES_RUNNING_MAX, Job};
+use readers::Readers;
 use slots::{Key, SlotId, SlotState, Slots};
 
 pub use slots::Purpose;
-
-/// Where one layer's records lie.
-struct LayerFile {
-    layer: LayerId,
-    path: std::path::PathBuf,
-    file: std::fs::File,
-    stride_bytes: usize,
-    /// Bytes to read for a record: whole pages when the stride allows it.
-    read_bytes: usize,
-}
 
 /// The bounded pool and its readers.
 pub struct ExpertStore {
     inner: Arc<Inner>,
     readers: Readers,
-    direct: bool,
+    choice: Choice,
 }
 
 struct Inner {
@@ -71,10 +70,14 @@ struct PoolState {
 pub struct StoreOptions {
     /// Records the pool holds.
     pub slots: usize,
-    /// Reader threads, which is also the number of reads in flight.
+    /// Reads in flight.
     pub readers: usize,
+    /// Who makes them.
+    pub reader: Reader,
     /// Direct or buffered reads.
     pub io: IoMode,
+    /// Memory that stays free beside the process, in bytes: what a page cache may take.
+    pub spare_bytes: u64,
 }
 
 impl ExpertStore {
@@ -85,7 +88,8 @@ impl ExpertStore {
     pub fn open(container: &Container, options: StoreOptions) -> Result<Self> {
         let shape = container.shape();
         let experts = shape.moe.experts;
-        let (files, direct) = readers::open_files(container, options.io)?;
+        let choice = Choice::make(container, options)?;
+        let files = files::open_layers(container, choice.direct)?;
         let mut ordinals = vec![None; shape.layers.len()];
         for (ordinal, file) in (0u16..).zip(&files) {
             ordinals[usize::from(file.layer.0)] = Some(ordinal);
@@ -108,13 +112,18 @@ impl ExpertStore {
             changed: Condvar::new(),
             counters: AtomicCounters::default(),
         });
-        let readers = Readers::start(&inner, options.readers.clamp(1, 64));
-        Ok(Self { inner, readers, direct })
+        let readers = Readers::start(&inner, options.reader, options.readers.clamp(1, 64));
+        Ok(Self { inner, readers, choice })
     }
 
-    /// Whether reads bypass the page cache.
-    pub fn is_direct(&self) -> bool {
-        self.direct
+    /// Whether reads bypass the page cache, and why.
+    pub fn choice(&self) -> &Choice {
+        &self.choice
+    }
+
+    /// Who reads: threads where a ring was asked for and the system has none.
+    pub fn reader(&self) -> Reader {
+        self.readers.reader
     }
 
     /// Number of slots, and how many are in use.
@@ -166,7 +175,8 @@ impl ExpertStore {
             }
             let Some(slot) = pool.slots.claim(key, Purpose::Guess) else { return };
             let block = pool.take_block(slot);
-            self.readers.submit_guess(Job { key, slot, block, purpose: Purpose::Guess });
+            let job = Job { key, slot, block, purpose: Purpose::Guess };
+            self.readers.queue.submit_guess(job);
         }
     }
 
@@ -203,7 +213,7 @@ impl ExpertStore {
             room -= 1;
         }
         while let Some(job) = pool.next_preload() {
-            self.readers.submit_guess(job);
+            self.readers.queue.submit_guess(job);
         }
     }
 
@@ -214,11 +224,11 @@ impl ExpertStore {
     }
 
     fn withdraw(&self, pool: &mut PoolState) {
-        for job in self.readers.withdraw_guesses() {
+        for job in self.readers.queue.withdraw_guesses() {
             if pool.slots.withdraw(job.slot) {
                 pool.blocks[job.slot.0 as usize] = Some(job.block);
             } else {
-                self.readers.submit(job);
+                self.readers.queue.submit(job);
             }
         }
     }
@@ -234,7 +244,7 @@ impl ExpertStore {
         if let Some(slot) = pool.slots.pin(key, purpose) {
             let reading = matches!(pool.slots.state(slot), SlotState::Reading(_));
             // A guess whose read had not begun saves nothing: its bytes are the token's.
-            if reading && self.readers.promote(slot, purpose) {
+            if reading && self.readers.queue.promote(slot, purpose) {
                 pool.preloading -= usize::from(brought == Purpose::Preload);
                 counters.miss();
             } else {
@@ -245,7 +255,7 @@ impl ExpertStore {
         let slot = pool.slots.claim(key, purpose)?;
         counters.miss();
         let block = pool.take_block(slot);
-        self.readers.submit(Job { key, slot, block, purpose });
+        self.readers.queue.submit(Job { key, slot, block, purpose });
         Some(slot)
     }
 }

@@ -120,7 +120,9 @@ fn model_of(engine: &Engine, work: &Work, seed: u64, open_seconds: f64) -> Model
         prefill_chunk: options.prefill_chunk,
         readers: options.readers,
         lookahead: options.lookahead.name(),
-        io: if engine.store().is_direct() { "direct" } else { "buffered" },
+        reader: engine.store().reader().name(),
+        io: engine.store().choice().name(),
+        io_why: engine.store().choice().why.clone(),
         prompt: format!("prompts are random ids, seed {seed}; decode takes the likeliest token"),
         open_seconds,
     }

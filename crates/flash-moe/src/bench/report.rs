@@ -77,8 +77,12 @@ pub struct Model {
     pub readers: usize,
     /// How the next layer's experts were guessed.
     pub lookahead: &'static str,
+    /// Who makes them: `uring` or `threads`.
+    pub reader: &'static str,
     /// `direct` or `buffered`.
     pub io: &'static str,
+    /// What decided that.
+    pub io_why: String,
     /// What the prompt is.
     pub prompt: String,
     /// From opening to a model that is ready.

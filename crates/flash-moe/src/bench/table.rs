@@ -80,7 +80,7 @@ fn model_lines(m: &Model) -> String {
         m.open_seconds
     );
     let run = format!(
-        "limit {}, pool {} of {} records ({share:.0} %), context {}, chunk {}, {} {} reads; {}",
+        "limit {}, pool {} of {} records ({share:.0} %), context {}, chunk {}, {} {} reads by {}; {}",
         gib(m.memory_limit_bytes),
         m.slots,
         m.records,
@@ -88,6 +88,7 @@ fn model_lines(m: &Model) -> String {
         m.prefill_chunk,
         m.readers,
         m.io,
+        m.reader,
         m.prompt
     );
     line("model", &model) + &line("run", &run)

@@ -11,7 +11,7 @@ use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
 use flash_moe_engine::container::Container;
 use flash_moe_engine::engine::Options;
-use flash_moe_engine::store::IoMode;
+use flash_moe_engine::store::{IoMode, Reader};
 use flash_moe_engine::tokenizer::{TOKENIZER_FILE, Tokenizer};
 use flash_moe_engine::{Arithmetic, Lookahead};
 use flash_moe_kernels::Isa;
@@ -53,14 +53,19 @@ pub struct EngineArgs {
     #[arg(long, help_heading = "Machine")]
     pub fast: bool,
 
-    /// How experts are read: past the page cache, through it, or past it where that works.
+    /// How experts are read: past the page cache or through it. `--json` says which and why.
     #[arg(long, value_enum, default_value_t = IoChoice::Auto, help_heading = "Machine")]
     pub io: IoChoice,
 
-    /// Expert reads in flight.
+    /// Expert reads in flight. What a disk gains by more of them differs from none to half:
+    /// `flash-moe bench` shows its speed at 1, 4, 8 and 16.
     #[arg(long, value_name = "N", default_value = "8", value_parser = at_least_one)]
     #[arg(help_heading = "Machine")]
     pub readers: usize,
+
+    /// Who makes the expert reads; to compare and to diagnose. Never changes the numbers.
+    #[arg(long, value_enum, default_value_t = ReaderChoice::Threads, help_heading = "Machine")]
+    pub reader: ReaderChoice,
 
     /// Prompt tokens computed together. Larger chunks read each expert less often and take more
     /// memory.
@@ -124,12 +129,23 @@ pub enum IsaChoice {
 /// Values of `--io`.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
 pub enum IoChoice {
-    /// Direct where it works, buffered elsewhere.
+    /// Past it when the experts fit neither the expert cache nor the memory left beside it;
+    /// otherwise what is quicker on a few records read at the start.
     Auto,
     /// Past the page cache.
     Direct,
     /// Through the page cache.
     Buffered,
+}
+
+/// Values of `--reader`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub enum ReaderChoice {
+    /// As many threads as reads in flight.
+    Threads,
+    /// One thread with io_uring; threads where the system has or allows none. Where it may lock memory
+    /// it takes less than half of the processor time; decoding was no faster where that was measured.
+    Uring,
 }
 
 /// Values of `--lookahead`.
@@ -203,6 +219,7 @@ impl EngineArgs {
             experts_per_token: self.experts_per_token,
             prefill_chunk: self.prefill_chunk,
             readers: self.readers,
+            reader: self.reader.mode(),
             lookahead: self.lookahead.mode(),
             vocabulary: None,
             other_bytes: 0,
@@ -276,6 +293,15 @@ impl IoChoice {
             Self::Auto => IoMode::Auto,
             Self::Direct => IoMode::Direct,
             Self::Buffered => IoMode::Buffered,
+        }
+    }
+}
+
+impl ReaderChoice {
+    fn mode(self) -> Reader {
+        match self {
+            Self::Threads => Reader::Threads,
+            Self::Uring => Reader::Uring,
         }
     }
 }

@@ -112,12 +112,16 @@ pub struct Settings {
     pub activations: &'static str,
     /// How experts were read: `direct` or `buffered`.
     pub io: &'static str,
+    /// What decided that.
+    pub io_why: String,
     /// Expert reads in flight.
     pub readers: usize,
     /// How the next layer's experts were guessed.
     pub lookahead: &'static str,
     /// Where the hot set is kept, if it is.
     pub hot_set: Option<String>,
+    /// Who made them: `uring` or `threads`.
+    pub reader: &'static str,
     /// Memory limit of the process.
     pub memory_bytes: u64,
     /// Experts that the cache holds.
@@ -337,9 +341,11 @@ mod tests {
                 isa: "scalar",
                 activations: "f32",
                 io: "direct",
+                io_why: "asked for".into(),
                 readers: 8,
                 lookahead: "router",
                 hot_set: None,
+                reader: "threads",
                 memory_bytes: 1,
                 cached_experts: 1,
                 context: 512,

@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use flash_moe_engine::budget::Budget;
 use flash_moe_engine::container::Container;
 use flash_moe_engine::engine::Options;
-use flash_moe_engine::store::IoMode;
+use flash_moe_engine::store::{IoMode, Reader};
 use flash_moe_engine::{Arithmetic, Lookahead};
 use flash_moe_kernels::Isa;
 use serde_json::Value;
@@ -48,6 +48,7 @@ pub fn options(container: &Container, isa: Isa) -> Options {
         experts_per_token: None,
         prefill_chunk: 512,
         readers: 1,
+        reader: Reader::Threads,
         lookahead: Lookahead::Off,
         vocabulary: None,
         other_bytes: 0,
