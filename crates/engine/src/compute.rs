@@ -6,12 +6,19 @@
 
 use std::cell::RefCell;
 
-use flash_moe_kernels::{Fixed, FixedLayout, FixedMut, Format, Isa, Rows, TILE_ROWS, TileMut};
+use flash_moe_kernels::{
+    Fixed, FixedLayout, FixedMut, Format, Isa, Rows, TILE_BYTES, TILE_ROWS, TileMut,
+};
 
 use crate::pool::Pool;
 
 /// Weights in one work item: large against the cost of claiming it, small against a layer.
 const ITEM_WEIGHTS: usize = 64 * 1024;
+
+/// Elements brought to fixed point as one work item.
+const FIX_ELEMENTS: usize = 8192;
+/// Tokens joined from tiles as one work item.
+const JOIN_TOKENS: usize = 4;
 
 thread_local! {
     static ROW: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
@@ -77,6 +84,25 @@ impl Activations {
         elements.div_ceil(2) + elements.div_ceil(16)
     }
 
+    /// Whether products need the original vectors.
+    pub fn is_exact(&self) -> bool {
+        self.layout.is_none()
+    }
+
+    /// The vectors of `tokens`, in their order, of the `all` that `from` holds.
+    pub fn gather(&mut self, from: &Self, all: usize, tokens: impl Iterator<Item = usize> + Clone) {
+        fn pick<T: Copy>(from: &[T], to: &mut Vec<T>, all: usize, t: impl Iterator<Item = usize>) {
+            let len = from.len() / all;
+            to.clear();
+            t.for_each(|t| to.extend_from_slice(&from[t * len..][..len]));
+        }
+        self.layout = from.layout;
+        pick(&from.hi, &mut self.hi, all, tokens.clone());
+        pick(&from.lo, &mut self.lo, all, tokens.clone());
+        pick(&from.scales, &mut self.scales, all, tokens.clone());
+        pick(&from.sums, &mut self.sums, all, tokens);
+    }
+
     /// Part number `part` of `parts` equal ones of the vectors; `x` is that part of the original.
     pub fn part<'a>(&'a self, x: &'a [f32], part: usize, parts: usize) -> Input<'a> {
         fn cut<T>(all: &[T], part: usize, parts: usize) -> &[T] {
@@ -112,20 +138,30 @@ impl Input<'_> {
         }
     }
 
-    /// `y[i][t] = w[first_row + i] . x[t]` of several; `scratch` has `multiply_floats`.
+    /// `y[t][i] = w[first_row + i] . x[t]` of several: a tile `[tokens][TILE_ROWS]`, of which rows
+    /// that the matrix does not have are arbitrary. `scratch` has `multiply_floats`.
     fn multiply(&self, isa: Isa, w: &Rows, first_row: usize, y: &mut [f32], scratch: &mut [f32]) {
-        let Some(xs) = &self.fixed else {
-            return isa.mat_mul(w, first_row, self.x, y, scratch);
-        };
-        let (codes, factors) = scratch.split_at_mut(TILE_ROWS * w.cols() / size_of::<f32>());
-        let mut tile = TileMut { codes: bytemuck::cast_slice_mut(codes), factors };
-        isa.mat_mul_fixed(w, first_row, xs, y, &mut tile);
+        if let Some(xs) = &self.fixed {
+            let (codes, factors) = scratch.split_at_mut(TILE_BYTES.div_ceil(size_of::<f32>()));
+            let mut tile = TileMut { codes: bytemuck::cast_slice_mut(codes), factors };
+            return isa.mat_mul_fixed(w, first_row, xs, y, &mut tile);
+        }
+        let rows = TILE_ROWS.min(w.rows() - first_row);
+        let tokens = y.len() / TILE_ROWS;
+        let (products, scratch) = scratch.split_at_mut(rows * tokens);
+        isa.mat_mul(w, first_row, self.x, products, scratch);
+        for (i, row) in products.chunks_exact(tokens).enumerate() {
+            for (y, value) in y[i..].iter_mut().step_by(TILE_ROWS).zip(row) {
+                *y = *value;
+            }
+        }
     }
 }
 
-/// Scratch of a product with several vectors: 16 rows in f32, which is more than a tile.
-pub const fn multiply_floats(cols: usize) -> usize {
-    16 * cols
+/// Scratch of a product with so many vectors: 16 rows in f32, or columns of a tile and its factors,
+/// and a tile of products.
+pub const fn multiply_floats(cols: usize, tokens: usize) -> usize {
+    16 * cols + TILE_BYTES / size_of::<f32>() + TILE_ROWS * tokens
 }
 
 /// `out[i] = silu(gate[first_row + i] . x) * (up[first_row + i] . x)` of one vector, in the forms
@@ -153,14 +189,19 @@ pub struct Temporary {
     /// The input in the form for a second matrix, where that differs.
     other_input: Activations,
     other_differs: bool,
-    /// Output before it is transposed, `[rows][tokens]`.
-    transposed: Vec<f32>,
+    /// Output as the products give it, `[tiles][tokens][TILE_ROWS]`.
+    tiles: Vec<f32>,
+}
+
+/// Rows of a matrix in whole tiles.
+const fn tiled(rows: usize) -> usize {
+    rows.next_multiple_of(TILE_ROWS)
 }
 
 impl Temporary {
-    /// Floats needed beside those of an input of so many elements and an output of so many.
-    pub const fn floats(input: usize, output: usize) -> usize {
-        2 * Activations::floats(input) + output
+    /// Floats needed for so many tokens of inputs and outputs of so many elements.
+    pub const fn floats(tokens: usize, widest: usize) -> usize {
+        2 * Activations::floats(tokens * widest) + tokens * tiled(widest)
     }
 
     /// `x` as [`Compute::prepare_pair`] has prepared it.
@@ -198,13 +239,13 @@ impl Compute {
             self.pool.chunks(y, rows, |i, y| input.mat_vec(self.isa, w, i * rows, y));
             return;
         }
-        let transposed = sized(&mut tmp.transposed, y.len());
-        self.pool.chunks(transposed, TILE_ROWS * tokens, |i, y| {
-            with_scratch(multiply_floats(w.cols()), |scratch| {
+        let tiles = sized(&mut tmp.tiles, tiled(w.rows()) * tokens);
+        self.pool.chunks(tiles, TILE_ROWS * tokens, |i, y| {
+            with_scratch(multiply_floats(w.cols(), tokens), |scratch| {
                 input.multiply(self.isa, w, i * TILE_ROWS, y, scratch);
             });
         });
-        self.transpose(transposed, w.rows(), y);
+        self.join_tiles(tiles, y, tokens);
     }
 
     /// `silu(G x) * (U x)` for each token: `x [tokens][cols]`, `out [tokens][rows]`.
@@ -212,27 +253,50 @@ impl Compute {
         let (gate, up) = w;
         let tokens = x.len() / gate.cols();
         self.prepare_pair((gate.format(), up.format()), x, tmp);
+        let mut tiles = std::mem::take(&mut tmp.tiles);
+        self.gate_up_prepared(w, tmp.pair(x), tokens, (&mut tiles, out));
+        tmp.tiles = tiles;
+    }
+
+    /// As [`Compute::gate_up`] of tokens in the forms for either matrix.
+    pub fn gate_up_prepared(
+        &self,
+        w: (&Rows, &Rows),
+        input: (Input, Input),
+        tokens: usize,
+        (tiles, out): (&mut Vec<f32>, &mut [f32]),
+    ) {
+        let (gate, up) = w;
         if tokens == 1 {
-            let (rows, input) = (item_rows(gate), tmp.pair(x));
-            self.pool.chunks(out, rows, |i, out| {
-                gate_up_rows(self.isa, w, i * rows, input, out);
-            });
+            let rows = item_rows(gate);
+            self.pool.chunks(out, rows, |i, out| gate_up_rows(self.isa, w, i * rows, input, out));
             return;
         }
-        let mut transposed = std::mem::take(&mut tmp.transposed);
-        let (input, other_input) = tmp.pair(x);
-        self.pool.chunks(sized(&mut transposed, out.len()), TILE_ROWS * tokens, |i, y| {
-            let unpacked = multiply_floats(gate.cols());
+        let tiles = sized(tiles, tiled(gate.rows()) * tokens);
+        self.pool.chunks(tiles, TILE_ROWS * tokens, |i, y| {
+            let unpacked = multiply_floats(gate.cols(), tokens);
             with_scratch(unpacked + 2 * y.len(), |scratch| {
                 let (scratch, products) = scratch.split_at_mut(unpacked);
                 let (g, u) = products.split_at_mut(y.len());
-                input.multiply(self.isa, gate, i * TILE_ROWS, g, scratch);
-                other_input.multiply(self.isa, up, i * TILE_ROWS, u, scratch);
+                input.0.multiply(self.isa, gate, i * TILE_ROWS, g, scratch);
+                input.1.multiply(self.isa, up, i * TILE_ROWS, u, scratch);
                 self.isa.silu_mul(g, u, y);
             });
         });
-        self.transpose(&transposed, gate.rows(), out);
-        tmp.transposed = transposed;
+        self.join_tiles(tiles, out, tokens);
+    }
+
+    /// `[tiles][tokens][TILE_ROWS]` to `[tokens][rows]`.
+    fn join_tiles(&self, tiles: &[f32], out: &mut [f32], tokens: usize) {
+        let rows = out.len() / tokens;
+        self.pool.chunks(out, JOIN_TOKENS * rows, |i, out| {
+            for (t, out) in out.chunks_exact_mut(rows).enumerate() {
+                for (tile, out) in out.chunks_mut(TILE_ROWS).enumerate() {
+                    let from = (tile * tokens + i * JOIN_TOKENS + t) * TILE_ROWS;
+                    out.copy_from_slice(&tiles[from..][..out.len()]);
+                }
+            }
+        });
     }
 
     /// Brings vectors into the form in which they meet matrices of a format.
@@ -249,27 +313,49 @@ impl Compute {
             return;
         };
         let lo_len = if arithmetic == Arithmetic::Fixed16 { x.len() } else { 0 };
-        let mut out = FixedMut {
-            hi: sized(&mut to.hi, x.len()),
-            lo: sized(&mut to.lo, lo_len),
-            scales: sized(&mut to.scales, x.len() / layout.scale_group()),
-            sums: sized(&mut to.sums, x.len() / layout.sum_group()),
-        };
-        self.isa.fix(layout, x, &mut out);
+        // Whole groups, and as many as make it worth a thread's while.
+        let part = (FIX_ELEMENTS / layout.sum_group()).max(1) * layout.sum_group();
+        let lo = sized(&mut to.lo, lo_len);
+        let (hi, scales) =
+            (sized(&mut to.hi, x.len()), sized(&mut to.scales, x.len() / layout.scale_group()));
+        let sums = sized(&mut to.sums, x.len() / layout.sum_group());
+        self.pool.chunks4(
+            (hi, part),
+            (lo, part),
+            (scales, part / layout.scale_group()),
+            (sums, part / layout.sum_group()),
+            |i, hi, lo, scales, sums| {
+                let x = &x[i * part..][..hi.len()];
+                self.isa.fix(layout, x, &mut FixedMut { hi, lo, scales, sums });
+            },
+        );
     }
 
     /// Brings vectors into the forms for two matrices: fixed only if both formats can be.
     pub fn prepare_pair(&self, formats: (Format, Format), x: &[f32], tmp: &mut Temporary) {
+        let forms = [&mut tmp.input, &mut tmp.other_input];
+        tmp.other_differs = self.prepare_forms(formats, x, forms);
+    }
+
+    /// As [`Compute::prepare_pair`], into the first form alone if it serves both matrices; says
+    /// whether the second was needed.
+    pub fn prepare_forms(
+        &self,
+        formats: (Format, Format),
+        x: &[f32],
+        [form, other]: [&mut Activations; 2],
+    ) -> bool {
         let layouts = (FixedLayout::of(formats.0), FixedLayout::of(formats.1));
         let arithmetic = match layouts {
             (Some(_), Some(_)) => self.arithmetic,
             _ => Arithmetic::Exact,
         };
-        tmp.other_differs = layouts.0 != layouts.1;
-        self.prepare(arithmetic, formats.0, x, &mut tmp.input);
-        if tmp.other_differs {
-            self.prepare(arithmetic, formats.1, x, &mut tmp.other_input);
+        let differs = layouts.0 != layouts.1;
+        self.prepare(arithmetic, formats.0, x, form);
+        if differs {
+            self.prepare(arithmetic, formats.1, x, other);
         }
+        differs
     }
 
     /// Root-mean-square norm of each token row: `x`, `out` `[tokens][w.len()]`.
@@ -277,20 +363,6 @@ impl Compute {
         for (x, out) in x.chunks_exact(w.len()).zip(out.chunks_exact_mut(w.len())) {
             self.isa.rms_norm(x, w, eps, out);
         }
-    }
-
-    /// `[rows][columns]` to `[columns][rows]`.
-    pub fn transpose(&self, from: &[f32], rows: usize, to: &mut [f32]) {
-        let columns = from.len() / rows;
-        // Blocks of columns keep a cache line of the source in use across their rows.
-        const BLOCK: usize = 16;
-        self.pool.chunks(to, BLOCK * rows, |block, to| {
-            for row in 0..rows {
-                for (c, to) in to.chunks_exact_mut(rows).enumerate() {
-                    to[row] = from[row * columns + block * BLOCK + c];
-                }
-            }
-        });
     }
 }
 

@@ -122,6 +122,32 @@ impl Pool {
         // SAFETY: every item index is handed out once, so no chunk is borrowed twice.
         self.run(a.count(), &|i| work(i, unsafe { a.get(i) }, unsafe { b.get(i) }));
     }
+
+    /// As [`Pool::chunks`] over four slices; one that is empty gives empty chunks.
+    pub fn chunks4<A: Send, B: Send, C: Send, D: Send>(
+        &self,
+        a: (&mut [A], usize),
+        b: (&mut [B], usize),
+        c: (&mut [C], usize),
+        d: (&mut [D], usize),
+        work: impl Fn(usize, &mut [A], &mut [B], &mut [C], &mut [D]) + Sync,
+    ) {
+        let (a, b) = (Chunks::new(a.0, a.1), Chunks::new(b.0, b.1));
+        let (c, d) = (Chunks::new(c.0, c.1), Chunks::new(d.0, d.1));
+        for count in [b.count(), c.count(), d.count()] {
+            assert!(
+                count == 0 || count == a.count(),
+                "slices split into the same number of chunks"
+            );
+        }
+        self.run(a.count(), &|i| {
+            // SAFETY: every item index is handed out once, so no chunk is borrowed twice.
+            let (a, b) = unsafe { (a.get(i), b.get_or_empty(i)) };
+            // SAFETY: as above.
+            let (c, d) = unsafe { (c.get_or_empty(i), d.get_or_empty(i)) };
+            work(i, a, b, c, d);
+        });
+    }
 }
 
 impl Drop for Pool {
@@ -257,6 +283,14 @@ impl<T> Chunks<T> {
 
     fn count(&self) -> usize {
         self.len.div_ceil(self.chunk)
+    }
+
+    /// # Safety
+    /// As [`Chunks::get`], unless the slice is empty.
+    #[expect(clippy::mut_from_ref, reason = "the contract makes the chunks disjoint")]
+    unsafe fn get_or_empty(&self, index: usize) -> &mut [T] {
+        // SAFETY: the caller's contract.
+        if self.len == 0 { &mut [] } else { unsafe { self.get(index) } }
     }
 
     /// # Safety

@@ -448,9 +448,9 @@ impl Scratch {
             + delta
             + Routes::floats(moe.experts, top_k, tokens)
             + ExpertScratch::floats(moe, hidden, width, (tokens, top_k))
-            + Temporary::floats(tokens * widest, tokens * widest)
+            + Temporary::floats(tokens, widest)
             + shape.vocab;
-        let multiply = multiply_floats(widest) + 2 * TILE_ROWS * tokens;
+        let multiply = multiply_floats(widest, tokens) + 2 * TILE_ROWS * tokens;
         let thread = context.max(delta_thread).max(multiply);
         ((session + options.threads * thread) * size_of::<f32>()) as u64
     }

@@ -10,7 +10,7 @@ use std::hint::black_box;
 use std::time::Duration;
 
 use flash_moe_kernels::{
-    Fixed, FixedLayout, FixedMut, Format, Isa, Rows, ScaleType, TILE_ROWS, TileMut,
+    Fixed, FixedLayout, FixedMut, Format, Isa, Rows, ScaleType, TILE_BYTES, TILE_ROWS, TileMut,
 };
 
 fn main() {
@@ -115,21 +115,25 @@ fn activations(n: usize) -> Vec<f32> {
 struct Product {
     codes: Vec<u8>,
     factors: Vec<f32>,
-    y: Vec<f32>,
+    y: Vec<f32>, // [tiles][tokens][TILE_ROWS]
+    tokens: usize,
 }
 
 impl Product {
     fn new(w: &Weights, tokens: usize) -> Self {
         Self {
-            codes: vec![0; TILE_ROWS * w.cols],
+            codes: vec![0; TILE_BYTES],
             factors: vec![0.0; 2 * TILE_ROWS * w.cols / 64],
-            y: vec![0.0; w.rows * tokens],
+            y: vec![0.0; w.rows.next_multiple_of(TILE_ROWS) * tokens],
+            tokens,
         }
     }
 
     fn multiply(&mut self, isa: Isa, w: &Rows, xs: &Vectors) {
         let mut tile = TileMut { codes: &mut self.codes, factors: &mut self.factors };
-        isa.mat_mul_fixed(w, 0, &xs.view(), &mut self.y, &mut tile);
+        for (i, y) in self.y.chunks_mut(self.tokens * TILE_ROWS).enumerate() {
+            isa.mat_mul_fixed(w, i * TILE_ROWS, &xs.view(), y, &mut tile);
+        }
     }
 }
 

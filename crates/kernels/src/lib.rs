@@ -30,7 +30,7 @@ mod neon;
 mod fixed;
 
 pub use block::{Format, LayoutError, Rows, ScaleType, quantise_row};
-pub use fixed::{Fixed, FixedLayout, FixedMut, TILE_ROWS, TileMut};
+pub use fixed::{Fixed, FixedLayout, FixedMut, TILE_BYTES, TILE_ROWS, TileMut};
 pub use float::{
     bf16_to_f32, e4m3_to_f32, f16_to_f32, f32_to_bf16, f32_to_f16, narrow_bf16, narrow_f16,
     widen_bf16, widen_e4m3, widen_f16,

@@ -6,8 +6,8 @@
 mod random;
 
 use flash_moe_kernels::{
-    Fixed, FixedLayout, FixedMut, Format, Isa, Rows, ScaleType, TILE_ROWS, TileMut, f32_to_bf16,
-    f32_to_f16,
+    Fixed, FixedLayout, FixedMut, Format, Isa, Rows, ScaleType, TILE_BYTES, TILE_ROWS, TileMut,
+    f32_to_bf16, f32_to_f16,
 };
 use random::Random;
 
@@ -174,26 +174,20 @@ fn a_row_and_a_token_depend_on_nothing_else() {
             let mut gated = vec![0.0; rows];
             isa.gate_up_fixed((&gate, &up), 0, (&one, &one), &mut gated);
             for part in [1, 3, 32, 64] {
-                let (mut y, mut z, mut many) =
-                    (vec![0.0; rows], vec![0.0; rows], vec![0.0; rows * tokens]);
+                let (mut y, mut z) = (vec![0.0; rows], vec![0.0; rows]);
                 for (i, y) in y.chunks_mut(part).enumerate() {
                     isa.mat_vec_fixed(&up, i * part, &one, y);
                 }
                 for (i, z) in z.chunks_mut(part).enumerate() {
                     isa.gate_up_fixed((&gate, &up), i * part, (&one, &one), z);
                 }
-                let mut scratch = Scratch::new(&up, 9);
-                for (i, y) in many.chunks_mut(part * tokens).enumerate() {
-                    isa.mat_mul_fixed(&up, i * part, &fixed.view(), y, &mut scratch.tile());
-                }
+                let many = multiply_by(isa, &up, &fixed.view(), tokens, part);
                 assert_eq!(bits(&y), bits(&whole), "{label} by {part}");
                 assert_eq!(bits(&z), bits(&gated), "{label} by {part}");
                 assert_eq!(bits(&many), bits(&all), "{label} by {part}");
             }
             for t in 0..tokens {
-                let mut y = vec![0.0; rows];
-                let mut scratch = Scratch::new(&up, 77);
-                isa.mat_mul_fixed(&up, 0, &fixed.token(t, tokens), &mut y, &mut scratch.tile());
+                let y = multiply_by(isa, &up, &fixed.token(t, tokens), 1, TILE_ROWS);
                 let of_all: Vec<f32> = (0..rows).map(|r| all[r * tokens + t]).collect();
                 assert_eq!(bits(&y), bits(&of_all), "{label} token {t}");
             }
@@ -275,7 +269,7 @@ struct Scratch {
 impl Scratch {
     /// Full of what an earlier tile may have left.
     fn new(w: &Rows, left: u8) -> Self {
-        let codes = vec![left; TILE_ROWS * w.cols()];
+        let codes = vec![left; TILE_BYTES];
         Self { codes, factors: vec![f32::NAN; 2 * TILE_ROWS * w.cols() / group_of(w.format())] }
     }
 
@@ -286,8 +280,22 @@ impl Scratch {
 
 /// All rows times all vectors, `[rows][tokens]`; nothing for a matrix without columns.
 fn multiply(isa: Isa, w: &Rows, xs: &Vectors, tokens: usize) -> Vec<f32> {
+    multiply_by(isa, w, &xs.view(), tokens, TILE_ROWS)
+}
+
+/// The same by tiles of which only the first `part` rows are used.
+fn multiply_by(isa: Isa, w: &Rows, xs: &Fixed, tokens: usize, part: usize) -> Vec<f32> {
     let mut y = vec![9.0; if w.cols() == 0 { 0 } else { w.rows() * tokens }];
-    isa.mat_mul_fixed(w, 0, &xs.view(), &mut y, &mut Scratch::new(w, 255).tile());
+    let mut scratch = Scratch::new(w, 255);
+    for (i, y) in y.chunks_mut(part * tokens).enumerate() {
+        let mut tile = vec![9.0; tokens * TILE_ROWS];
+        isa.mat_mul_fixed(w, i * part, xs, &mut tile, &mut scratch.tile());
+        for (row, y) in y.chunks_mut(tokens).enumerate() {
+            for (y, tile) in y.iter_mut().zip(tile.chunks(TILE_ROWS)) {
+                *y = tile[row];
+            }
+        }
+    }
     y
 }
 

@@ -8,7 +8,7 @@
 
 use std::time::Instant;
 
-use flash_moe_kernels::Rows;
+use flash_moe_kernels::{Rows, TILE_ROWS};
 
 use crate::compute::{Activations, Compute, Temporary, gate_up_rows, item_rows, sized};
 use crate::container::RecordLayout;
@@ -22,11 +22,14 @@ use crate::weights::{GatedBlock, MoeWeights};
 /// Buffers of the feed-forward.
 #[derive(Default)]
 pub struct ExpertScratch {
-    gathered: Vec<f32>,    // [tokens of an expert][hidden]
-    active: Vec<f32>,      // [tokens or experts][width]
-    outputs: Vec<f32>,     // [experts or tokens][hidden]
-    middle: Activations,   // of the ready experts, `[experts][width]`
-    gates: Vec<f32>,       // [tokens], of the shared expert
+    gathered: Vec<f32>, // [tokens of an expert][hidden], where activations stay f32
+    whole: [Activations; 2], // the chunk in the forms for gate and, where it differs, for up
+    picked: [Activations; 2], // those of an expert's tokens
+    tiles: Vec<f32>,    // [tiles][tokens of an expert][TILE_ROWS]
+    active: Vec<f32>,   // [tokens or experts][width]
+    outputs: Vec<f32>,  // [experts or tokens][hidden]
+    middle: Activations, // of the ready experts, `[experts][width]`
+    gates: Vec<f32>,    // [tokens], of the shared expert
     landed_at: Vec<usize>, // [top_k], place in `outputs` of each rank's expert
     by_expert: Vec<Pair>,
     counts: Vec<usize>, // tokens of each expert of the chunk, most first
@@ -61,7 +64,9 @@ impl ExpertScratch {
     ) -> usize {
         let rows = tokens.max(top_k);
         let middle = Activations::floats(top_k * moe.width);
-        rows * (2 * hidden + width) + middle + 4 * tokens * top_k
+        let forms = 4 * Activations::floats(tokens * hidden);
+        let tiles = tokens * width.next_multiple_of(TILE_ROWS);
+        rows * (2 * hidden + width) + middle + forms + tiles + 4 * tokens * top_k
     }
 }
 
@@ -245,13 +250,17 @@ fn chunk(
     );
     shared(compute, input, scratch, tmp, timing, out);
 
+    let started = Instant::now();
+    let formats = (input.layout.gate.precision.format(), input.layout.up.precision.format());
+    let differ = compute.prepare_forms(formats, input.x, scratch.whole.each_mut());
+    timing.add(Stage::Experts, started, 0);
     let by_expert = std::mem::take(&mut scratch.by_expert);
     for pairs in by_expert.chunk_by(|a, b| a.expert == b.expert) {
         let started = Instant::now();
         let record = fetch.next_in_order()?.expect("one record for each distinct expert");
         timing.add(Stage::Fetch, started, 0);
         let started = Instant::now();
-        one_expert(compute, input, (&record, pairs), scratch, tmp, out);
+        one_expert(compute, input, (&record, pairs, differ), scratch, tmp, out);
         timing.add(Stage::Experts, started, input.layout.record_bytes());
     }
     scratch.by_expert = by_expert;
@@ -268,24 +277,36 @@ fn sort_by_expert(routes: &Routes, tokens: usize, scratch: &mut ExpertScratch) {
     scratch.by_expert.sort_unstable_by_key(|pair| (pair.expert, pair.token));
 }
 
-/// Adds one expert's weighted output to each of its tokens.
+/// Adds one expert's weighted output to each of its tokens. The chunk has been prepared; `differ`
+/// says whether gate and up want different forms.
 fn one_expert(
     compute: &Compute,
     input: &MoeInput,
-    (record, pairs): (&[u8], &[Pair]),
+    (record, pairs, differ): (&[u8], &[Pair], bool),
     scratch: &mut ExpertScratch,
     tmp: &mut Temporary,
     out: &mut [f32],
 ) {
     let layout = input.layout;
     let (hidden, width, tokens) = (layout.gate.cols, layout.gate.rows, pairs.len());
-    let gathered = sized(&mut scratch.gathered, tokens * hidden);
-    for (pair, row) in pairs.iter().zip(gathered.chunks_exact_mut(hidden)) {
-        row.copy_from_slice(&input.x[pair.token as usize * hidden..][..hidden]);
+    let chosen = pairs.iter().map(|pair| pair.token as usize);
+    scratch.gathered.clear();
+    if scratch.whole[0].is_exact() {
+        for token in chosen.clone() {
+            scratch.gathered.extend_from_slice(&input.x[token * hidden..][..hidden]);
+        }
     }
+    for (picked, whole) in
+        scratch.picked.iter_mut().zip(&scratch.whole).take(1 + usize::from(differ))
+    {
+        picked.gather(whole, input.x.len() / hidden, chosen.clone());
+    }
+    let other = &scratch.picked[usize::from(differ)];
+    let x = &scratch.gathered[..];
+    let forms = (scratch.picked[0].part(x, 0, 1), other.part(x, 0, 1));
     let active = sized(&mut scratch.active, tokens * width);
-    let (gate, up) = (layout.gate.rows(record), layout.up.rows(record));
-    compute.gate_up((&gate, &up), gathered, active, tmp);
+    let w = (&layout.gate.rows(record), &layout.up.rows(record));
+    compute.gate_up_prepared(w, forms, tokens, (&mut scratch.tiles, active));
     let outputs = sized(&mut scratch.outputs, tokens * hidden);
     compute.project(&layout.down.rows(record), active, outputs, tmp);
     for (pair, output) in pairs.iter().zip(outputs.chunks_exact(hidden)) {

@@ -12,8 +12,8 @@ use std::ops::Range;
 
 use super::lanes::{by_width, fixed_operations};
 use super::{
-    AHEAD_BYTES, FACTORS, Fixed, FixedLayout, FixedMut, ROW_BLOCK, TILE_ROWS, Tile, TileMut,
-    first_bytes, padded, quarter_start, windows,
+    AHEAD_BYTES, FACTORS, Fixed, FixedLayout, FixedMut, ROW_BLOCK, STEP_COLS, Step, TILE_ROWS,
+    TileMut, first_bytes, padded, quarter_start, windows,
 };
 use crate::avx2::{
     self as floats, LANES, Lanes, add_lanes, fma, load, load_part as first_floats, mul_lanes,
@@ -25,7 +25,7 @@ type Bytes = __m256i;
 type Ints = __m256i;
 /// Panels and vectors of one block: 4 sums and 4 totals of 16 registers.
 const BLOCK_PANELS: usize = 2;
-const BLOCK_TOKENS: usize = 2;
+const BLOCK_TOKENS: usize = 4;
 
 fixed_operations!("avx2,f16c,fma");
 
@@ -274,4 +274,18 @@ fn as_lanes(x: Bytes) -> Lanes {
 fn words(table: [i64; 4]) -> __m256i {
     let [a, b, c, d] = table;
     _mm256_setr_epi64x(a, b, c, d)
+}
+
+/// One code of each byte, `8 / BITS` in a byte: the lowest is plane 0.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn plane<const BITS: usize>(x: Bytes, plane: usize) -> Bytes {
+    let mask = _mm256_set1_epi8((u8::MAX >> (8 - BITS)) as i8);
+    let shifted = match BITS * plane {
+        0 => x,
+        2 => _mm256_srli_epi16::<2>(x),
+        4 => _mm256_srli_epi16::<4>(x),
+        _ => _mm256_srli_epi16::<6>(x),
+    };
+    _mm256_and_si256(shifted, mask)
 }

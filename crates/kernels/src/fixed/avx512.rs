@@ -11,7 +11,8 @@ use std::ops::Range;
 
 use super::lanes::{by_width, fixed_operations};
 use super::{
-    AHEAD_BYTES, FACTORS, Fixed, FixedLayout, FixedMut, ROW_BLOCK, TILE_ROWS, Tile, TileMut, padded,
+    AHEAD_BYTES, FACTORS, Fixed, FixedLayout, FixedMut, ROW_BLOCK, STEP_COLS, Step, TILE_ROWS,
+    TileMut, padded,
 };
 use crate::avx512::{
     self as floats, LANES, Lanes, add_lanes, fma, load, mul_lanes, splat, store, sum_lanes,
@@ -21,8 +22,8 @@ use crate::block::{Format, Row, Rows, ScaleType, scale_at};
 pub(super) type Bytes = __m512i;
 pub(super) type Ints = __m512i;
 /// Panels and vectors of one block: 12 sums and 12 totals of 32 registers.
-pub(super) const BLOCK_PANELS: usize = 2;
-pub(super) const BLOCK_TOKENS: usize = 6;
+pub(super) const BLOCK_PANELS: usize = 4;
+pub(super) const BLOCK_TOKENS: usize = 4;
 
 fixed_operations!("avx512f,avx512bw,avx512dq,avx512vl,f16c,fma");
 
@@ -250,4 +251,18 @@ pub(super) fn as_lanes(x: Bytes) -> Lanes {
 fn words(table: [i64; 8]) -> __m512i {
     let [a, b, c, d, e, f, g, h] = table;
     _mm512_setr_epi64(a, b, c, d, e, f, g, h)
+}
+
+/// One code of each byte, `8 / BITS` in a byte: the lowest is plane 0.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+pub(super) fn plane<const BITS: usize>(x: Bytes, plane: usize) -> Bytes {
+    let mask = _mm512_set1_epi8((u8::MAX >> (8 - BITS)) as i8);
+    let shifted = match BITS * plane {
+        0 => x,
+        2 => _mm512_srli_epi16::<2>(x),
+        4 => _mm512_srli_epi16::<4>(x),
+        _ => _mm512_srli_epi16::<6>(x),
+    };
+    _mm512_and_si512(shifted, mask)
 }

@@ -1,12 +1,14 @@
 //! The products in fixed point written once over the registers of an instruction set.
 //!
 //! Owns the loops. A variant file owns the primitives that differ: `Bytes` and `Ints` (a register of
-//! bytes and one of i32), `codes` (64 columns of packed weights as bytes), `widen` (scales as floats), `dot` (adds the products
+//! bytes and one of i32), `codes` (64 columns of packed weights as bytes), `plane` (one
+//! code of each byte), `widen` (scales as floats), `dot` (adds the products
 //! of four bytes to each i32) and `step` (one row's next 64 columns). A macro for the reason given
 //! in `crate::lanes`.
 //!
-//! A tile holds `TILE_ROWS` rows as panels of `LANES` rows, `[panel][cols / 4][LANES][4]`: one
-//! register is four columns of `LANES` rows, and meets four bytes of a vector in every lane.
+//! `STEP_COLS` columns of `TILE_ROWS` rows are unpacked at a time, as panels of `LANES` rows,
+//! `[panel][STEP_COLS / 4][LANES][4]`: one register is four columns of `LANES` rows, and meets four
+//! bytes of a vector in every lane. They stay in the first-level cache for all vectors.
 
 /// Calls the instance of an operation for a format's bits and activation group.
 macro_rules! by_width {
@@ -227,41 +229,86 @@ macro_rules! fixed_operations {
             y: &mut [f32],
             tile: &mut TileMut,
         ) {
-            let tokens = xs.hi.len() / w.cols();
-            for (i, y) in y.chunks_mut(TILE_ROWS * tokens).enumerate() {
-                let range = first_row + TILE_ROWS * i..first_row + TILE_ROWS * i + y.len() / tokens;
-                by_width!(w.format(), fill_codes(w, range.clone(), tile.codes));
-                fill_factors(w, range, tile.factors);
-                let groups = w.cols() / xs.layout.sum_group();
-                let (scales, biases) = tile.factors.split_at(groups * TILE_ROWS);
-                let tile = Tile { cols: w.cols(), codes: tile.codes, scales, biases, xs, tokens };
+            let range = first_row..w.rows().min(first_row + TILE_ROWS);
+            fill_factors(w, range.clone(), tile.factors);
+            let (scales, rest) =
+                tile.factors.split_at(w.cols() / xs.layout.sum_group() * TILE_ROWS);
+            let biases = &rest[..scales.len()];
+            // Loads that cross cache lines take twice the time.
+            let start = tile.codes.as_ptr().align_offset(64);
+            let codes = &mut tile.codes[start..][..STEP_COLS * TILE_ROWS];
+            y.fill(0.0);
+            for first in (0..w.cols()).step_by(STEP_COLS) {
+                let cols = first..w.cols().min(first + STEP_COLS);
+                by_width!(w.format(), fill_codes(w, (range.clone(), cols.clone()), codes));
+                let step = Step { w, rows: range.len(), cols, codes, scales, biases, xs };
                 // Bytes of a tile are alike but for those that use all of their bits.
                 match w.format() {
-                    Format::Affine { bits: 8, .. } => multiply_tile::<8>(&tile, y),
-                    _ => multiply_tile::<4>(&tile, y),
+                    Format::Affine { bits: 8, .. } => multiply_step::<8>(&step, y),
+                    _ => multiply_step::<4>(&step, y),
                 }
             }
         }
 
-        /// Unpacks rows into the panels of a tile. Rows that are missing repeat the last one.
+        /// Unpacks columns of rows into panels. Rows that are missing repeat the last one.
         #[target_feature(enable = $features)]
         fn fill_codes<const BITS: usize, const GROUP: usize>(
             w: &Rows,
-            range: Range<usize>,
-            tile: &mut [u8],
+            (range, cols): (Range<usize>, Range<usize>),
+            codes: &mut [u8],
         ) {
-            let cols = w.cols();
-            for (panel, tile) in tile[..TILE_ROWS * cols].chunks_exact_mut(LANES * cols).enumerate()
-            {
-                if panel > 0 && panel * LANES >= range.len() {
-                    break;
-                }
+            let bytes = cols.start * BITS / 8..cols.end * BITS / 8;
+            let panels =
+                codes.chunks_exact_mut(LANES * STEP_COLS).take(range.len().div_ceil(LANES));
+            for (panel, codes) in panels.enumerate() {
                 let mut rows = [&[][..]; LANES];
                 for (i, row) in rows.iter_mut().enumerate() {
-                    *row = w.row((range.start + panel * LANES + i).min(range.end - 1)).weight;
+                    let index = (range.start + panel * LANES + i).min(range.end - 1);
+                    *row = &w.row(index).weight[bytes.clone()];
+                    // What the next step unpacks.
+                    floats::prefetch(row.as_ptr().wrapping_add(row.len()));
                 }
-                for (step, tile) in tile.chunks_mut(64 * LANES).enumerate() {
-                    interleave::<BITS, GROUP>(&rows, step * 8 * BITS, tile);
+                if BITS == 2 || BITS == 4 || BITS == 8 {
+                    interleave_packed::<BITS, GROUP>(&rows, codes);
+                    continue;
+                }
+                for (step, codes) in codes.chunks_mut(64 * LANES).enumerate() {
+                    if step * 8 * BITS < bytes.len() {
+                        interleave::<BITS, GROUP>(&rows, step * 8 * BITS, codes);
+                    }
+                }
+            }
+        }
+
+        /// Columns of `LANES` rows whose weights do not straddle bytes. Four bytes of each row are
+        /// brought together before they are unpacked: a plane of them is one register of the panel.
+        #[inline]
+        #[target_feature(enable = $features)]
+        fn interleave_packed<const BITS: usize, const GROUP: usize>(
+            rows: &[&[u8]; LANES],
+            codes: &mut [u8],
+        ) {
+            // Registers of the panel in a group, and of them in one plane.
+            let (in_group, in_plane) = (GROUP / 4, GROUP * BITS / 32);
+            let steps = codes.as_chunks_mut::<{ 4 * LANES }>().0;
+            let words = rows[0].len() / 4;
+            for first in (0..words).step_by(LANES) {
+                let mut registers = [zero_bytes(); LANES];
+                let whole = words - first >= LANES;
+                for (register, row) in registers.iter_mut().zip(rows) {
+                    let packed = &row[4 * first..];
+                    let rest = if whole { [0; 64] } else { padded(packed) };
+                    let packed = if whole { packed } else { &rest };
+                    *register =
+                        packed.first_chunk().map_or(zero_bytes(), |packed| load_bytes(packed));
+                }
+                let registers = transpose(registers);
+                for (i, register) in registers.into_iter().enumerate().take(words - first) {
+                    let (group, place) = ((first + i) / in_plane, (first + i) % in_plane);
+                    for p in 0..8 / BITS {
+                        let at = group * in_group + p * in_plane + place;
+                        store_bytes(plane::<BITS>(register, p), &mut steps[at]);
+                    }
                 }
             }
         }
@@ -325,102 +372,87 @@ macro_rules! fixed_operations {
             }
         }
 
-        /// A tile times all vectors, `y [rows][tokens]`.
+        /// Adds the products of a step's columns and all vectors to `y [tokens][TILE_ROWS]`.
         #[target_feature(enable = $features)]
-        fn multiply_tile<const BITS: usize>(tile: &Tile, y: &mut [f32]) {
-            let mut first = 0;
-            while first < tile.tokens {
-                let count = (tile.tokens - first).min(BLOCK_TOKENS);
-                match count {
-                    1 => multiply_tokens::<BITS, 1>(tile, first, y),
-                    2 => multiply_tokens::<BITS, 2>(tile, first, y),
-                    3 => multiply_tokens::<BITS, 3>(tile, first, y),
-                    4 => multiply_tokens::<BITS, 4>(tile, first, y),
-                    5 => multiply_tokens::<BITS, 5>(tile, first, y),
-                    _ => multiply_tokens::<BITS, 6>(tile, first, y),
-                }
-                first += count;
-            }
-        }
-
-        /// A tile times `N` vectors.
-        #[target_feature(enable = $features)]
-        fn multiply_tokens<const BITS: usize, const N: usize>(
-            tile: &Tile,
-            first_token: usize,
-            y: &mut [f32],
-        ) {
-            let rows = y.len() / tile.tokens;
-            for first_row in (0..rows).step_by(BLOCK_PANELS * LANES) {
-                let mut totals = [[[0.0; LANES]; N]; BLOCK_PANELS];
-                multiply_panels::<BITS, N>(tile, (first_row, first_token), &mut totals);
-                for (panel, totals) in totals.iter().enumerate() {
-                    for (n, lanes) in totals.iter().enumerate() {
-                        let first = (first_row + panel * LANES) * tile.tokens + first_token + n;
-                        for (lane, value) in lanes.iter().enumerate() {
-                            // Rows that are missing have no place in the result.
-                            if let Some(y) = y.get_mut(first + lane * tile.tokens) {
-                                *y = *value;
-                            }
-                        }
+        fn multiply_step<const BITS: usize>(step: &Step, y: &mut [f32]) {
+            for panel in (0..step.rows.div_ceil(LANES)).step_by(BLOCK_PANELS) {
+                for (i, y) in y.chunks_mut(BLOCK_TOKENS * TILE_ROWS).enumerate() {
+                    let at = (panel, BLOCK_TOKENS * i);
+                    match y.len() / TILE_ROWS {
+                        1 => multiply_block::<BITS, 1>(step, at, y),
+                        2 => multiply_block::<BITS, 2>(step, at, y),
+                        3 => multiply_block::<BITS, 3>(step, at, y),
+                        _ => multiply_block::<BITS, 4>(step, at, y),
                     }
                 }
             }
         }
 
         /// `BLOCK_PANELS` panels times `N` vectors, a row a lane.
-        #[inline]
         #[target_feature(enable = $features)]
-        fn multiply_panels<const BITS: usize, const N: usize>(
-            tile: &Tile,
-            (first_row, first_token): (usize, usize),
-            out: &mut [[[f32; LANES]; N]; BLOCK_PANELS],
+        fn multiply_block<const BITS: usize, const N: usize>(
+            step: &Step,
+            (first_panel, first_token): (usize, usize),
+            y: &mut [f32],
         ) {
-            let Tile { cols, xs, .. } = *tile;
+            let (all, xs) = (step.w.cols(), step.xs);
             // The group is a variable here: unrolled, its steps would not fit the registers.
             let group = xs.layout.scale_group();
             let ratio = xs.layout.sum_group() / group;
-            let steps = tile.codes[first_row * cols..].as_chunks::<{ 4 * LANES }>().0;
-            let mut totals = [[splat(0.0); N]; BLOCK_PANELS];
-            for g in 0..cols / group {
+            let steps = step.codes.as_chunks::<{ 4 * LANES }>().0;
+            let (rows, _) = y.as_chunks_mut::<TILE_ROWS>();
+            for (i, g) in (step.cols.start / group..step.cols.end / group).enumerate() {
                 let mut codes = [steps; BLOCK_PANELS];
                 for (p, codes) in codes.iter_mut().enumerate() {
-                    *codes = &steps[(p * cols + g * group) / 4..][..group / 4];
+                    let start = ((first_panel + p) * STEP_COLS + i * group) / 4;
+                    *codes = &steps[start..][..group / 4];
                 }
-                let first = first_token * cols + g * group;
+                let first = first_token * all + g * group;
                 let mut sums = [[zero_ints(); N]; BLOCK_PANELS];
-                sums = add_dots::<BITS, N>(codes, &xs.hi[first..], cols, sums);
+                sums = add_dots::<BITS, N>(codes, &xs.hi[first..], all, sums);
                 if !xs.lo.is_empty() {
                     for p in 0..BLOCK_PANELS {
                         for n in 0..N {
                             sums[p][n] = times_256(sums[p][n]);
                         }
                     }
-                    sums = add_dots::<BITS, N>(codes, &xs.lo[first..], cols, sums);
+                    sums = add_dots::<BITS, N>(codes, &xs.lo[first..], all, sums);
                 }
-                let at = g / ratio * TILE_ROWS + first_row;
-                let a = &xs.scales[first / group..];
-                for p in 0..BLOCK_PANELS {
-                    let scale = load_at(tile.scales, at + p * LANES);
-                    for n in 0..N {
-                        let factor = mul_lanes(scale, splat(a[n * (cols / group)]));
-                        totals[p][n] = fma(to_floats(sums[p][n]), factor, totals[p][n]);
-                    }
+                let at = g / ratio * TILE_ROWS + first_panel * LANES;
+                let mut factors = [[0.0; 2]; N];
+                for (n, factors) in factors.iter_mut().enumerate() {
+                    let group = (first_token + n) * (all / group) + g;
+                    let sum =
+                        if (g + 1).is_multiple_of(ratio) { xs.sums[group / ratio] } else { 0.0 };
+                    *factors = [xs.scales[group], sum];
                 }
-                if (g + 1).is_multiple_of(ratio) {
-                    let sums = &xs.sums[first / (group * ratio)..];
-                    for p in 0..BLOCK_PANELS {
-                        let bias = load_at(tile.biases, at + p * LANES);
-                        for n in 0..N {
-                            let sum = splat(sums[n * (cols / (group * ratio))]);
-                            totals[p][n] = fma(bias, sum, totals[p][n]);
-                        }
-                    }
-                }
+                let panels = (&step.scales[at..], &step.biases[at..]);
+                add_sums(&sums, panels, &factors, (first_panel, rows));
             }
-            for p in 0..BLOCK_PANELS {
-                for n in 0..N {
-                    store(totals[p][n], &mut out[p][n]);
+        }
+
+        /// `y[n] += scale * factors[n][0] * sums + bias * factors[n][1]` of `N` vectors.
+        #[inline]
+        #[target_feature(enable = $features)]
+        fn add_sums<const N: usize>(
+            sums: &[[Ints; N]; BLOCK_PANELS],
+            (scales, biases): (&[f32], &[f32]),
+            factors: &[[f32; 2]; N],
+            (first_panel, y): (usize, &mut [[f32; TILE_ROWS]]),
+        ) {
+            let (scales, biases) = (scales.as_chunks::<LANES>().0, biases.as_chunks::<LANES>().0);
+            let (Some(scales), Some(biases)) = (scales.first_chunk(), biases.first_chunk()) else {
+                return;
+            };
+            let (scales, biases): (&[_; BLOCK_PANELS], &[_; BLOCK_PANELS]) = (scales, biases);
+            for (n, y) in y.iter_mut().enumerate().take(N) {
+                let (a, sum) = (splat(factors[n][0]), splat(factors[n][1]));
+                let y = y.as_chunks_mut::<LANES>().0;
+                let Some(y) = y[first_panel..].first_chunk_mut::<BLOCK_PANELS>() else { return };
+                for p in 0..BLOCK_PANELS {
+                    let total =
+                        fma(to_floats(sums[p][n]), mul_lanes(load(&scales[p]), a), load(&y[p]));
+                    store(fma(load(&biases[p]), sum, total), &mut y[p]);
                 }
             }
         }
@@ -460,15 +492,6 @@ macro_rules! fixed_operations {
                 }
             }
             sums
-        }
-
-        #[inline]
-        #[target_feature(enable = $features)]
-        fn load_at(x: &[f32], at: usize) -> Lanes {
-            match x[at..].first_chunk() {
-                Some(x) => load(x),
-                None => splat(0.0),
-            }
         }
     };
 }

@@ -27,8 +27,12 @@ pub(crate) mod vnni;
 use crate::block::{Format, Rows};
 use crate::isa::{Isa, Kind, dispatch_fixed};
 
-/// Rows that a tile of `mat_mul_fixed` holds.
-pub const TILE_ROWS: usize = 32;
+/// Rows that `mat_mul_fixed` computes at a time.
+pub const TILE_ROWS: usize = 64;
+/// Columns of a tile that are unpacked at a time: a cache line of each row of 4-bit weights.
+const STEP_COLS: usize = 128;
+/// Bytes that [`TileMut::codes`] has at least.
+pub const TILE_BYTES: usize = TILE_ROWS * STEP_COLS + 64;
 /// How far ahead of their use weights are asked for, in bytes: the time in which a core reads this
 /// much from memory covers the time of one access.
 const AHEAD_BYTES: usize = 4096;
@@ -106,11 +110,11 @@ pub struct FixedMut<'a> {
     pub sums: &'a mut [f32],
 }
 
-/// Scratch of `mat_mul_fixed`: up to [`TILE_ROWS`] rows, unpacked and interleaved.
+/// Scratch of `mat_mul_fixed`.
 pub struct TileMut<'a> {
-    /// At least `TILE_ROWS * cols`.
+    /// At least [`TILE_BYTES`]: columns of the rows, unpacked and interleaved.
     pub codes: &'a mut [u8],
-    /// At least `2 * TILE_ROWS * cols / sum_group`: scales and biases.
+    /// At least `2 * TILE_ROWS * cols / sum_group`: scales and biases of the rows.
     pub factors: &'a mut [f32],
 }
 
@@ -160,13 +164,13 @@ impl Isa {
         dispatch_fixed!(self, gate_up((gate, up), first_row, x, out));
     }
 
-    /// `y[i][t] = w[first_row + i] . xs[t]`: `y [rows][tokens]` for any number of rows.
+    /// `y[t][i] = w[first_row + i] . xs[t]` for a tile of rows: `y [tokens][TILE_ROWS]`.
     ///
-    /// An element depends on its row and its vector only, bit for bit. Rows are unpacked
-    /// [`TILE_ROWS`] at a time, so a multiple of that wastes nothing.
+    /// A tile has [`TILE_ROWS`] rows, or as many as there are from `first_row` on; what is beyond them
+    /// in `y` is then arbitrary. An element depends on its row and its vector only, bit for bit.
     ///
     /// # Panics
-    /// If the lengths or the layout differ from the matrix, a row is outside it or the tile is
+    /// If the lengths or the layout differ from the matrix, there is no such row or the scratch is
     /// too small.
     pub fn mat_mul_fixed(
         self,
@@ -181,23 +185,25 @@ impl Isa {
         }
         assert!(w.cols() > 0, "mat_mul_fixed: no columns");
         let tokens = xs.hi.len() / w.cols();
-        assert!(tokens > 0 && y.len().is_multiple_of(tokens), "mat_mul_fixed: result");
-        check_product(w, first_row, xs, (tokens, y.len() / tokens));
-        assert!(tile.codes.len() >= TILE_ROWS * w.cols(), "mat_mul_fixed: tile");
+        assert!(tokens > 0 && y.len() == tokens * TILE_ROWS, "mat_mul_fixed: result");
+        check_product(w, first_row, xs, (tokens, 1));
+        assert!(tile.codes.len() >= TILE_BYTES, "mat_mul_fixed: tile");
         let factors = 2 * TILE_ROWS * (w.cols() / xs.layout.sum_group());
         assert!(tile.factors.len() >= factors, "mat_mul_fixed: factors");
         dispatch_fixed!(self, mat_mul(w, first_row, xs, y, tile));
     }
 }
 
-/// A filled tile and the vectors that it is multiplied by.
-struct Tile<'a> {
-    cols: usize,
-    codes: &'a [u8],   // [TILE_ROWS / LANES][cols / 4][LANES][4]
-    scales: &'a [f32], // [cols / sum_group][TILE_ROWS]
-    biases: &'a [f32], // [cols / sum_group][TILE_ROWS]
+/// Columns of a tile's rows and the vectors that they are multiplied by.
+#[cfg(any(target_arch = "aarch64", target_arch = "x86_64"))]
+struct Step<'a> {
+    w: &'a Rows<'a>,
+    rows: usize,
+    cols: std::ops::Range<usize>,
+    codes: &'a [u8],   // [TILE_ROWS / LANES][STEP_COLS / 4][LANES][4]
+    scales: &'a [f32], // [w.cols() / sum_group][TILE_ROWS]
+    biases: &'a [f32], // [w.cols() / sum_group][TILE_ROWS]
     xs: &'a Fixed<'a>,
-    tokens: usize,
 }
 
 /// The lengths and the layout of a product of `rows` rows and `tokens` vectors.

@@ -11,8 +11,8 @@ use std::ops::Range;
 
 use super::lanes::{by_width, fixed_operations};
 use super::{
-    AHEAD_BYTES, FACTORS, Fixed, FixedLayout, FixedMut, ROW_BLOCK, TILE_ROWS, Tile, TileMut,
-    first_bytes, padded, quarter_start, windows,
+    AHEAD_BYTES, FACTORS, Fixed, FixedLayout, FixedMut, ROW_BLOCK, STEP_COLS, Step, TILE_ROWS,
+    TileMut, first_bytes, padded, quarter_start, windows,
 };
 use crate::block::{Format, Row, Rows, ScaleType, scale_at};
 use crate::neon::{
@@ -24,7 +24,7 @@ pub(super) type Bytes = uint8x16_t;
 pub(super) type Ints = int32x4_t;
 /// Panels and vectors of one block: 12 sums and 12 totals of 32 registers.
 pub(super) const BLOCK_PANELS: usize = 4;
-pub(super) const BLOCK_TOKENS: usize = 3;
+pub(super) const BLOCK_TOKENS: usize = 4;
 
 fixed_operations!("neon");
 
@@ -279,4 +279,17 @@ pub(super) fn as_bytes(x: Lanes) -> Bytes {
 #[target_feature(enable = "neon")]
 pub(super) fn as_lanes(x: Bytes) -> Lanes {
     vreinterpretq_f32_u8(x)
+}
+
+/// One code of each byte, `8 / BITS` in a byte: the lowest is plane 0.
+#[inline]
+#[target_feature(enable = "neon")]
+pub(super) fn plane<const BITS: usize>(x: Bytes, plane: usize) -> Bytes {
+    let shifted = match BITS * plane {
+        0 => x,
+        2 => vshrq_n_u8::<2>(x),
+        4 => vshrq_n_u8::<4>(x),
+        _ => vshrq_n_u8::<6>(x),
+    };
+    vandq_u8(shifted, vdupq_n_u8(u8::MAX >> (8 - BITS)))
 }

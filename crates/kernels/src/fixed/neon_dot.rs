@@ -11,10 +11,11 @@ use std::ops::Range;
 use super::lanes::{by_width, fixed_operations};
 use super::neon::{
     BLOCK_PANELS, BLOCK_TOKENS, Bytes, Ints, as_bytes, as_lanes, broadcast, codes, load_bytes,
-    signed, store_bytes, times_256, to_floats, transpose, widen, zero_bytes, zero_ints,
+    plane, signed, store_bytes, times_256, to_floats, transpose, widen, zero_bytes, zero_ints,
 };
 use super::{
-    AHEAD_BYTES, FACTORS, Fixed, FixedLayout, FixedMut, ROW_BLOCK, TILE_ROWS, Tile, TileMut, padded,
+    AHEAD_BYTES, FACTORS, Fixed, FixedLayout, FixedMut, ROW_BLOCK, STEP_COLS, Step, TILE_ROWS,
+    TileMut, padded,
 };
 use crate::block::{Format, Row, Rows, ScaleType, scale_at};
 use crate::neon::{

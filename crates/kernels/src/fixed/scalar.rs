@@ -3,7 +3,7 @@
 //! Owns the meaning of each operation; the other variants are tested against it. It is never
 //! optimised. Lengths are checked in `mod.rs` before a call arrives here.
 
-use super::{Fixed, FixedLayout, FixedMut, TileMut};
+use super::{Fixed, FixedLayout, FixedMut, TILE_ROWS, TileMut};
 use crate::block::{Format, Row, Rows, quantised_at, scale_at};
 use crate::scalar::silu_of;
 
@@ -31,9 +31,9 @@ pub(crate) fn gate_up(
 }
 
 pub(crate) fn mat_mul(w: &Rows, first_row: usize, xs: &Fixed, y: &mut [f32], _: &mut TileMut) {
-    let tokens = xs.hi.len() / w.cols();
-    for (i, y) in y.chunks_mut(tokens).enumerate() {
-        for (t, y) in y.iter_mut().enumerate() {
+    let rows = TILE_ROWS.min(w.rows() - first_row);
+    for (t, y) in y.chunks_mut(TILE_ROWS).enumerate() {
+        for (i, y) in y[..rows].iter_mut().enumerate() {
             *y = row_dot(w.format(), w.row(first_row + i), xs, t * w.cols());
         }
     }
