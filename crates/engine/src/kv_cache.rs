@@ -3,6 +3,8 @@
 //! Grows by pages of positions, so that memory follows the conversation and not the context limit.
 //! Keys are stored after norm and rotation. Within a page each KV head's rows are contiguous.
 
+use flash_moe_kernels::KvRows;
+
 /// Positions a page holds.
 pub const PAGE_POSITIONS: usize = 64;
 
@@ -58,14 +60,14 @@ impl KvCache {
         self.positions += 1;
     }
 
-    /// Keys of one head in one page, `[PAGE_POSITIONS][head_dim]`; rows past the end are zero.
-    pub fn keys(&self, head: usize, page: usize) -> &[f32] {
-        self.head_rows(&self.pages[page].keys, head)
-    }
-
-    /// Values of one head in one page, `[PAGE_POSITIONS][head_dim]`; rows past the end are zero.
-    pub fn values(&self, head: usize, page: usize) -> &[f32] {
-        self.head_rows(&self.pages[page].values, head)
+    /// Keys and values of one head in one page, its first `positions`.
+    pub fn page(&self, head: usize, page: usize, positions: usize) -> KvRows<'_> {
+        let page = &self.pages[page];
+        let floats = positions * self.head_dim;
+        KvRows {
+            keys: &self.head_rows(&page.keys, head)[..floats],
+            values: &self.head_rows(&page.values, head)[..floats],
+        }
     }
 
     /// Copies of all keys and all values, `[kv_heads][positions][head_dim]`.
@@ -104,8 +106,8 @@ mod tests {
         for position in [0, 1, PAGE_POSITIONS - 1, PAGE_POSITIONS, 2 * PAGE_POSITIONS] {
             let base = (position * 10) as f32;
             let (page, row) = (position / PAGE_POSITIONS, position % PAGE_POSITIONS);
-            let key = &cache.keys(1, page)[row * 3..][..3];
-            let value = &cache.values(0, page)[row * 3..][..3];
+            let key = &cache.page(1, page, row + 1).keys[row * 3..];
+            let value = &cache.page(0, page, row + 1).values[row * 3..];
             assert_eq!(key, [base + 3.0, base + 4.0, base + 5.0]);
             assert_eq!(value, [-base, -(base + 1.0), -(base + 2.0)]);
         }

@@ -23,34 +23,39 @@ macro_rules! attention_operations {
             let positions = page.keys.len() / head_dim;
             for first in (0..rows).step_by(PANEL_ROWS) {
                 let panel = first..rows.min(first + PANEL_ROWS);
-                let seen = most(&queries.visible[panel.clone()]);
-                let keys = &page.keys[..seen * head_dim];
-                let queries = &queries.rows[panel.start * head_dim..panel.end * head_dim];
+                let floats = panel.start * head_dim..panel.end * head_dim;
+                let visible = &queries.visible[panel.clone()];
+                let seen = most(visible);
                 let scores = &mut scores[panel.start * positions..panel.end * positions];
-                score_panel(queries, keys, (head_dim, positions), scores);
-            }
-            for (row, &visible) in queries.visible.iter().enumerate() {
-                let scores = &mut scores[row * positions..][..positions];
-                scores[visible..].fill(0.0);
-                if visible > 0 {
-                    let max = &mut gathered.max[row];
-                    let (factor, sum) = weigh(&mut scores[..visible], max);
-                    gathered.sum[row] = gathered.sum[row] * factor + sum;
-                    if factor != 1.0 {
-                        scale(factor, &mut gathered.mix[row * head_dim..][..head_dim]);
+                let keys = &page.keys[..seen * head_dim];
+                let values = &page.values[..seen * head_dim];
+                let rows = &queries.rows[floats.clone()];
+                score_panel(rows, (keys, values), (head_dim, positions), scores);
+                let mix = &mut gathered.mix[floats];
+                for (r, &visible) in visible.iter().enumerate() {
+                    let scores = &mut scores[r * positions..][..positions];
+                    let (max, sum) = (&mut gathered.max[first + r], &mut gathered.sum[first + r]);
+                    scores[visible..].fill(0.0);
+                    if visible > 0 {
+                        let (factor, new) = weigh(&mut scores[..visible], max);
+                        *sum = *sum * factor + new;
+                        if factor != 1.0 {
+                            scale(factor, &mut mix[r * head_dim..][..head_dim]);
+                        }
                     }
                 }
+                mix_panel(values, (head_dim, positions), scores, mix);
             }
-            mix_strips(page.values, queries.visible, scores, gathered.mix);
         }
 
         /// `scores[r][p] = queries[r] . keys[p]`: `queries [rows][head_dim]`,
-        /// `keys [seen][head_dim]`, `scores [rows][positions]`. Positions come first: their keys
-        /// are read once, while the queries stay in the nearest cache.
+        /// `keys` and `values` `[seen][head_dim]`, `scores [rows][positions]`. Positions come first:
+        /// their keys are read once, while the queries stay in the nearest cache. The values are
+        /// asked for along the way.
         #[target_feature(enable = $features)]
         fn score_panel(
             queries: &[f32],
-            keys: &[f32],
+            (keys, values): (&[f32], &[f32]),
             (head_dim, positions): (usize, usize),
             scores: &mut [f32],
         ) {
@@ -61,6 +66,10 @@ macro_rules! attention_operations {
                 let mut block: [&[f32]; BLOCK] = [&[]; BLOCK];
                 for (n, key) in block.iter_mut().enumerate() {
                     *key = &keys[at(n) * head_dim..][..head_dim];
+                }
+                let next = position * head_dim..at(BLOCK) * head_dim;
+                for line in values[next].chunks(LINE) {
+                    prefetch(line.as_ptr().cast());
                 }
                 for row in (0..rows).step_by(SCORE_ROWS) {
                     let mut of: [&[f32]; SCORE_ROWS] = [&[]; SCORE_ROWS];
@@ -149,78 +158,84 @@ macro_rules! attention_operations {
             (factor[0], sum[0])
         }
 
-        /// `mix[r] += sum over p of weights[r][p] * values[p]`: `values [positions][head_dim]`,
-        /// `weights [rows][positions]`, zero past a row's `visible [rows]`, `mix [rows][head_dim]`.
-        /// Values go in strips, which stay in the nearest cache while all rows pass.
+        /// `mix[r] += sum over p of weights[r][p] * values[p]`: `values [seen][head_dim]`,
+        /// `weights [rows][positions]`, `mix [rows][head_dim]`. Some positions at a time, whose
+        /// values stay in the nearest cache beside the sums while all rows pass.
         #[target_feature(enable = $features)]
-        fn mix_strips(values: &[f32], visible: &[usize], weights: &[f32], mix: &mut [f32]) {
-            let head_dim = mix.len() / visible.len();
-            let strip = MIX_LANES * LANES;
-            let mut column = 0;
-            while column + strip <= head_dim {
-                mix_columns::<MIX_LANES>(values, visible, weights, (column, &mut *mix));
-                column += strip;
-            }
-            while column + LANES <= head_dim {
-                mix_columns::<1>(values, visible, weights, (column, &mut *mix));
-                column += LANES;
-            }
-            if column == head_dim {
-                return;
-            }
-            let positions = values.len() / head_dim;
-            for (row, mix) in mix.chunks_exact_mut(head_dim).enumerate() {
-                let weights = &weights[row * positions..][..visible[row]];
-                for (weight, value) in weights.iter().zip(values.chunks_exact(head_dim)) {
-                    for column in column..head_dim {
-                        mix[column] += weight * value[column];
+        fn mix_panel(
+            values: &[f32],
+            (head_dim, positions): (usize, usize),
+            weights: &[f32],
+            mix: &mut [f32],
+        ) {
+            let rows = mix.len() / head_dim;
+            for (i, values) in values.chunks(MIX_POSITIONS * head_dim).enumerate() {
+                for first in (0..rows).step_by(BLOCK) {
+                    let row = |r: usize| (first + r).min(rows - 1);
+                    let mut of: [&[f32]; BLOCK] = [&[]; BLOCK];
+                    for (r, of) in of.iter_mut().enumerate() {
+                        let from = row(r) * positions + i * MIX_POSITIONS;
+                        *of = &weights[from..][..values.len() / head_dim];
+                    }
+                    let strip = MIX_LANES * LANES;
+                    let mut column = 0;
+                    let mut starts: [usize; BLOCK] = std::array::from_fn(|r| row(r) * head_dim);
+                    while column + strip <= head_dim {
+                        mix_block::<MIX_LANES>(&values[column..], head_dim, of, (starts, mix));
+                        starts = starts.map(|start| start + strip);
+                        column += strip;
+                    }
+                    while column + LANES <= head_dim {
+                        mix_block::<1>(&values[column..], head_dim, of, (starts, mix));
+                        starts = starts.map(|start| start + LANES);
+                        column += LANES;
+                    }
+                    for r in 0..BLOCK.min(rows - first) {
+                        let mix = &mut mix[row(r) * head_dim..][..head_dim];
+                        for (weight, value) in of[r].iter().zip(values.chunks_exact(head_dim)) {
+                            for column in column..head_dim {
+                                mix[column] += weight * value[column];
+                            }
+                        }
                     }
                 }
             }
         }
 
-        /// The `N * LANES` columns from `column` on.
+        /// `N * LANES` columns of a few rows, row r's from `starts[r]` of `mix` on: `values` are those
+        /// of the first position from the first column on, `head_dim` apart.
         #[inline]
         #[target_feature(enable = $features)]
-        fn mix_columns<const N: usize>(
+        fn mix_block<const N: usize>(
             values: &[f32],
-            visible: &[usize],
-            weights: &[f32],
-            (column, mix): (usize, &mut [f32]),
+            head_dim: usize,
+            weights: [&[f32]; BLOCK],
+            (starts, mix): ([usize; BLOCK], &mut [f32]),
         ) {
-            let rows = visible.len();
-            let head_dim = mix.len() / rows;
-            let positions = values.len() / head_dim;
-            for first in (0..rows).step_by(BLOCK) {
-                let row = |r: usize| (first + r).min(rows - 1);
-                let seen = most(&visible[first..rows.min(first + BLOCK)]);
-                let mut of: [&[f32]; BLOCK] = [&[]; BLOCK];
-                let mut sums = [[splat(0.0); N]; BLOCK];
-                for r in 0..BLOCK {
-                    of[r] = &weights[row(r) * positions..][..seen];
-                    let from = mix[row(r) * head_dim + column..].as_chunks::<LANES>().0;
-                    for i in 0..N {
-                        sums[r][i] = load(&from[i]);
-                    }
+            let mut sums = [[splat(0.0); N]; BLOCK];
+            for r in 0..BLOCK {
+                let from = mix[starts[r]..][..N * LANES].as_chunks::<LANES>().0;
+                for i in 0..N {
+                    sums[r][i] = load(&from[i]);
                 }
-                for (position, value) in values.chunks_exact(head_dim).take(seen).enumerate() {
-                    let value = value[column..column + N * LANES].as_chunks::<LANES>().0;
-                    let mut registers = [splat(0.0); N];
-                    for i in 0..N {
-                        registers[i] = load(&value[i]);
-                    }
-                    for r in 0..BLOCK {
-                        let weight = splat(of[r][position]);
-                        for i in 0..N {
-                            sums[r][i] = fma(weight, registers[i], sums[r][i]);
-                        }
-                    }
+            }
+            for (position, value) in values.chunks(head_dim).enumerate() {
+                let value = value[..N * LANES].as_chunks::<LANES>().0;
+                let mut registers = [splat(0.0); N];
+                for i in 0..N {
+                    registers[i] = load(&value[i]);
                 }
                 for r in 0..BLOCK {
-                    let to = mix[row(r) * head_dim + column..].as_chunks_mut::<LANES>().0;
+                    let weight = splat(weights[r][position]);
                     for i in 0..N {
-                        store(sums[r][i], &mut to[i]);
+                        sums[r][i] = fma(weight, registers[i], sums[r][i]);
                     }
+                }
+            }
+            for r in 0..BLOCK {
+                let to = mix[starts[r]..][..N * LANES].as_chunks_mut::<LANES>().0;
+                for i in 0..N {
+                    store(sums[r][i], &mut to[i]);
                 }
             }
         }

@@ -13,10 +13,15 @@ pub(crate) mod lanes;
 
 use crate::isa::{Isa, Kind, dispatch};
 
-/// Rows whose scores are formed together: so many queries stay in the nearest cache beside the keys.
+/// Rows that pass together: so many queries, and after them so many sums, stay in the nearest cache.
 pub(crate) const PANEL_ROWS: usize = 16;
+/// Positions whose values stay in the nearest cache while a panel passes. Strips of all positions
+/// of a page would fit as well, but their lines share a few sets of that cache.
+pub(crate) const MIX_POSITIONS: usize = 16;
 /// Positions of one block of scores, and rows of one block of the mix.
 pub(crate) const BLOCK: usize = 4;
+/// Floats of a cache line.
+pub(crate) const LINE: usize = 16;
 
 /// Keys and values of one KV head at the positions of one page.
 #[derive(Clone, Copy)]
