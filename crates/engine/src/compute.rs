@@ -13,6 +13,9 @@ use crate::pool::Pool;
 /// Weights in one work item: large against the cost of claiming it, small against a layer.
 const ITEM_WEIGHTS: usize = 64 * 1024;
 
+/// Floats of a cache line.
+pub const LINE_FLOATS: usize = 16;
+
 thread_local! {
     static ROW: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
 }
@@ -292,6 +295,13 @@ impl Compute {
             }
         });
     }
+}
+
+/// The floats from the first cache line on: up to `LINE_FLOATS - 1` at the start are left out. A load
+/// of a wide register that crosses two lines takes twice as long (docs/measurements.md, 11).
+pub fn from_line(x: &mut [f32]) -> &mut [f32] {
+    let start = x.as_ptr().align_offset(LINE_FLOATS * size_of::<f32>());
+    &mut x[start..]
 }
 
 /// The first `len` elements of a buffer that grows when it must; contents are arbitrary.

@@ -12,7 +12,7 @@ use std::ops::Range;
 
 use flash_moe_kernels::{Gathered, Isa, Queries};
 
-use crate::compute::{Compute, sized, with_scratch};
+use crate::compute::{Compute, LINE_FLOATS, from_line, sized, with_scratch};
 use crate::kv_cache::{KvCache, PAGE_POSITIONS};
 use crate::shape::Attention;
 
@@ -46,12 +46,12 @@ impl Gathering {
         let rows = tokens * (a.heads / a.kv_heads);
         let block_rows = rows.min(BLOCK_ROWS);
         let cut_rows = rows.next_multiple_of(block_rows).max(CUT_ROWS);
-        a.kv_heads * cut_rows * (a.head_dim + 2)
+        a.kv_heads * cut_rows * (a.head_dim + 2) + LINE_FLOATS
     }
 
     /// Floats of a thread's scratch.
     pub fn thread_floats(a: &Attention) -> usize {
-        BLOCK_ROWS * (a.head_dim + PAGE_POSITIONS)
+        BLOCK_ROWS * (a.head_dim + PAGE_POSITIONS) + LINE_FLOATS
     }
 }
 
@@ -106,7 +106,7 @@ pub fn attend(
     let item_floats = cut.block_rows * (a.head_dim + 2);
     // Always the most that so many tokens need: what one token needs grows with its position.
     let items = sized(&mut gathering.items, Gathering::floats(a, tokens));
-    let items = &mut items[..cut.first_item(a.kv_heads, 0) * item_floats];
+    let items = &mut from_line(items)[..cut.first_item(a.kv_heads, 0) * item_floats];
     let chunk = Chunk { isa: compute.isa, a, cache, queries, cut };
     compute.pool.chunks(items, item_floats, |number, item| {
         let (block, range) = (number / cut.ranges, number % cut.ranges);
@@ -146,7 +146,7 @@ fn gather(chunk: &Chunk, (kv_head, block, range): (usize, usize, usize), item: &
     let seen = |row: usize| queries.first + (first + row) / cut.group + 1;
     let mut visible = [0; BLOCK_ROWS];
     with_scratch(Gathering::thread_floats(a), |scratch| {
-        let (block, scores) = scratch.split_at_mut(rows * a.head_dim);
+        let (block, scores) = from_line(scratch).split_at_mut(rows * a.head_dim);
         for (row, query) in block.chunks_exact_mut(a.head_dim).enumerate() {
             let (token, head) = ((first + row) / cut.group, (first + row) % cut.group);
             let at = (token * a.heads + kv_head * cut.group + head) * queries.stride;
