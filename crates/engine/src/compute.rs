@@ -19,6 +19,8 @@ const ITEM_WEIGHTS: usize = 64 * 1024;
 const FIX_ELEMENTS: usize = 8192;
 /// Tokens joined from tiles as one work item.
 const JOIN_TOKENS: usize = 4;
+/// Floats of a cache line.
+pub const LINE_FLOATS: usize = 16;
 
 thread_local! {
     static ROW: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
@@ -364,6 +366,13 @@ impl Compute {
             self.isa.rms_norm(x, w, eps, out);
         }
     }
+}
+
+/// The floats from the first cache line on: up to `LINE_FLOATS - 1` at the start are left out. A load
+/// of a wide register that crosses two lines takes twice as long (docs/measurements.md, 14).
+pub fn from_line(x: &mut [f32]) -> &mut [f32] {
+    let start = x.as_ptr().align_offset(LINE_FLOATS * size_of::<f32>());
+    &mut x[start..]
 }
 
 /// The first `len` elements of a buffer that grows when it must; contents are arbitrary.

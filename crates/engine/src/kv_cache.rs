@@ -3,6 +3,10 @@
 //! Grows by pages of positions, so that memory follows the conversation and not the context limit.
 //! Keys are stored after norm and rotation. Within a page each KV head's rows are contiguous.
 
+use flash_moe_kernels::KvRows;
+
+use crate::compute::{LINE_FLOATS, from_line};
+
 /// Positions a page holds.
 pub const PAGE_POSITIONS: usize = 64;
 
@@ -14,9 +18,18 @@ pub struct KvCache {
     pages: Vec<KvPage>,
 }
 
+/// Keys and values start at a cache line, since attention loads whole registers of them.
 struct KvPage {
-    keys: Vec<f32>,   // [kv_heads][PAGE_POSITIONS][head_dim]
-    values: Vec<f32>, // [kv_heads][PAGE_POSITIONS][head_dim]
+    memory: Vec<f32>, // [keys, values][kv_heads][PAGE_POSITIONS][head_dim] from `start` on
+    start: usize,     // `memory` never grows, so it stays where it is
+}
+
+impl KvPage {
+    fn new(floats: usize) -> Self {
+        let mut memory = vec![0.0; floats + LINE_FLOATS];
+        let start = memory.len() - from_line(&mut memory).len();
+        Self { memory, start }
+    }
 }
 
 impl KvCache {
@@ -27,8 +40,8 @@ impl KvCache {
 
     /// Bytes a cache of `positions` takes, whole pages.
     pub fn bytes(kv_heads: usize, head_dim: usize, positions: usize) -> u64 {
-        let floats = kv_heads * head_dim * positions.next_multiple_of(PAGE_POSITIONS) * 2;
-        (floats * size_of::<f32>()) as u64
+        let floats = kv_heads * head_dim * PAGE_POSITIONS * 2 + LINE_FLOATS;
+        (positions.div_ceil(PAGE_POSITIONS) * floats * size_of::<f32>()) as u64
     }
 
     /// Positions stored.
@@ -45,47 +58,39 @@ impl KvCache {
     pub fn push(&mut self, key: &[f32], value: &[f32]) {
         let row = self.positions % PAGE_POSITIONS;
         if row == 0 {
-            let floats = self.kv_heads * PAGE_POSITIONS * self.head_dim;
-            self.pages.push(KvPage { keys: vec![0.0; floats], values: vec![0.0; floats] });
+            self.pages.push(KvPage::new(2 * self.kv_heads * PAGE_POSITIONS * self.head_dim));
         }
         let page = self.pages.last_mut().expect("a page was just made or is not full");
-        for head in 0..self.kv_heads {
-            let to = (head * PAGE_POSITIONS + row) * self.head_dim;
-            let from = head * self.head_dim;
-            page.keys[to..][..self.head_dim].copy_from_slice(&key[from..][..self.head_dim]);
-            page.values[to..][..self.head_dim].copy_from_slice(&value[from..][..self.head_dim]);
+        let rows = key.chunks_exact(self.head_dim).chain(value.chunks_exact(self.head_dim));
+        for (head, from) in rows.enumerate() {
+            let to = page.start + (head * PAGE_POSITIONS + row) * self.head_dim;
+            page.memory[to..][..self.head_dim].copy_from_slice(from);
         }
         self.positions += 1;
     }
 
-    /// Keys of one head in one page, `[PAGE_POSITIONS][head_dim]`; rows past the end are zero.
-    pub fn keys(&self, head: usize, page: usize) -> &[f32] {
-        self.head_rows(&self.pages[page].keys, head)
-    }
-
-    /// Values of one head in one page, `[PAGE_POSITIONS][head_dim]`; rows past the end are zero.
-    pub fn values(&self, head: usize, page: usize) -> &[f32] {
-        self.head_rows(&self.pages[page].values, head)
+    /// Keys and values of one head in one page, its first `positions`.
+    pub fn page(&self, head: usize, page: usize, positions: usize) -> KvRows<'_> {
+        let KvPage { memory, start } = &self.pages[page];
+        let rows = |head: usize| {
+            let from = start + head * PAGE_POSITIONS * self.head_dim;
+            &memory[from..][..positions * self.head_dim]
+        };
+        KvRows { keys: rows(head), values: rows(self.kv_heads + head) }
     }
 
     /// Copies of all keys and all values, `[kv_heads][positions][head_dim]`.
     pub fn rows(&self) -> (Vec<f32>, Vec<f32>) {
         let (mut keys, mut values) = (Vec::new(), Vec::new());
         for head in 0..self.kv_heads {
-            for position in 0..self.positions {
-                let page = &self.pages[position / PAGE_POSITIONS];
-                let row = position % PAGE_POSITIONS * self.head_dim;
-                keys.extend_from_slice(&self.head_rows(&page.keys, head)[row..][..self.head_dim]);
-                values
-                    .extend_from_slice(&self.head_rows(&page.values, head)[row..][..self.head_dim]);
+            for page in 0..self.pages.len() {
+                let positions = PAGE_POSITIONS.min(self.positions - page * PAGE_POSITIONS);
+                let rows = self.page(head, page, positions);
+                keys.extend_from_slice(rows.keys);
+                values.extend_from_slice(rows.values);
             }
         }
         (keys, values)
-    }
-
-    fn head_rows<'a>(&self, page: &'a [f32], head: usize) -> &'a [f32] {
-        let floats = PAGE_POSITIONS * self.head_dim;
-        &page[head * floats..][..floats]
     }
 }
 
@@ -104,12 +109,16 @@ mod tests {
         for position in [0, 1, PAGE_POSITIONS - 1, PAGE_POSITIONS, 2 * PAGE_POSITIONS] {
             let base = (position * 10) as f32;
             let (page, row) = (position / PAGE_POSITIONS, position % PAGE_POSITIONS);
-            let key = &cache.keys(1, page)[row * 3..][..3];
-            let value = &cache.values(0, page)[row * 3..][..3];
+            let key = &cache.page(1, page, row + 1).keys[row * 3..];
+            let value = &cache.page(0, page, row + 1).values[row * 3..];
             assert_eq!(key, [base + 3.0, base + 4.0, base + 5.0]);
             assert_eq!(value, [-base, -(base + 1.0), -(base + 2.0)]);
         }
         assert_eq!(cache.len(), 2 * PAGE_POSITIONS + 1);
-        assert_eq!(KvCache::bytes(2, 3, 129), 2 * 3 * 192 * 2 * 4);
+        assert_eq!(KvCache::bytes(2, 3, 129), (2 * 3 * 192 * 2 + 3 * LINE_FLOATS as u64) * 4);
+        let first = cache.page(0, 1, 1);
+        for rows in [first.keys, first.values] {
+            assert!(rows.as_ptr().addr().is_multiple_of(64));
+        }
     }
 }

@@ -14,6 +14,7 @@ use crate::compute::{Temporary, multiply_floats, sized};
 use crate::engine::{Engine, Options};
 use crate::error::{Error, Result};
 use crate::kv_cache::KvCache;
+use crate::layer::attend::Gathering;
 use crate::layer::attention::{AttentionInput, AttentionScratch, Rotation, attention};
 use crate::layer::delta_net::{DeltaInput, DeltaScratch, DeltaState, delta_net};
 use crate::layer::experts::{ExpertScratch, MoeInput, gated_block, mixture};
@@ -451,7 +452,7 @@ impl Scratch {
             + Temporary::floats(tokens, widest)
             + shape.vocab;
         let multiply = multiply_floats(widest, tokens) + 2 * TILE_ROWS * tokens;
-        let thread = context.max(delta_thread).max(multiply);
+        let thread = Gathering::thread_floats(a).max(delta_thread).max(multiply);
         ((session + options.threads * thread) * size_of::<f32>()) as u64
     }
 }

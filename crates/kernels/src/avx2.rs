@@ -9,6 +9,8 @@
 
 use std::arch::x86_64::*;
 
+use crate::attention::lanes::attention_operations;
+use crate::attention::{BLOCK, Gathered, KvRows, LINE, MIX_POSITIONS, PANEL_ROWS, Queries};
 use crate::block::{Format, Row, Rows, ScaleType, f32_at, scale_at, u16_at};
 use crate::float::{bf16_to_f32, f16_to_f32};
 use crate::lanes::operations;
@@ -21,8 +23,13 @@ const STATE_LANES: usize = 4;
 /// Rows and vectors of one block of a product: two sums for each pair stay in registers.
 const BLOCK_ROWS: usize = 2;
 const BLOCK_TOKENS: usize = 3;
+/// Rows of one block of scores: its sums fill one register once they are added up.
+const SCORE_ROWS: usize = 2;
+/// Registers of one strip of values: four rows of sums stay in registers beside it.
+const MIX_LANES: usize = 2;
 
 operations!("avx2,f16c,fma");
+attention_operations!("avx2,f16c,fma");
 
 #[inline]
 #[target_feature(enable = "avx2,f16c,fma")]
@@ -120,6 +127,26 @@ pub(crate) fn sum_lanes(x: Lanes) -> f32 {
     let x = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x));
     let x = _mm_add_ps(x, _mm_movehl_ps(x, x));
     _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)))
+}
+
+/// Lane i is the sum of register i.
+#[inline]
+#[target_feature(enable = "avx2,f16c,fma")]
+fn sum_each(x: &[Lanes; LANES]) -> Lanes {
+    let low = sum_four(x[0], x[1], x[2], x[3]);
+    let high = sum_four(x[4], x[5], x[6], x[7]);
+    let first = _mm256_permute2f128_ps::<0x20>(low, high);
+    add_lanes(first, _mm256_permute2f128_ps::<0x31>(low, high))
+}
+
+/// In each half, the sums of that half of the four registers.
+#[inline]
+#[target_feature(enable = "avx2,f16c,fma")]
+fn sum_four(a: Lanes, b: Lanes, c: Lanes, d: Lanes) -> Lanes {
+    let ab = _mm256_castps_pd(add_lanes(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b)));
+    let cd = _mm256_castps_pd(add_lanes(_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d)));
+    let low = _mm256_castpd_ps(_mm256_unpacklo_pd(ab, cd));
+    add_lanes(low, _mm256_castpd_ps(_mm256_unpackhi_pd(ab, cd)))
 }
 
 #[inline]

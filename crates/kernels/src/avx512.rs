@@ -9,6 +9,8 @@
 
 use std::arch::x86_64::*;
 
+use crate::attention::lanes::attention_operations;
+use crate::attention::{BLOCK, Gathered, KvRows, LINE, MIX_POSITIONS, PANEL_ROWS, Queries};
 use crate::block::{Format, Row, Rows, ScaleType, f32_at, scale_at, u16_at};
 use crate::float::{bf16_to_f32, f16_to_f32};
 use crate::lanes::operations;
@@ -21,8 +23,13 @@ const STATE_LANES: usize = 8;
 /// Rows and vectors of one block of a product: two sums for each pair stay in registers.
 const BLOCK_ROWS: usize = 4;
 const BLOCK_TOKENS: usize = 3;
+/// Rows of one block of scores: its sums fill one register once they are added up.
+const SCORE_ROWS: usize = 4;
+/// Registers of one strip of values: four rows of sums stay in registers beside it.
+const MIX_LANES: usize = 4;
 
 operations!("avx512f,avx512bw,avx512dq,avx512vl,f16c,fma");
+attention_operations!("avx512f,avx512bw,avx512dq,avx512vl,f16c,fma");
 
 #[inline]
 #[target_feature(enable = "avx512f")]
@@ -106,6 +113,31 @@ fn multiply_by_power_of_two(x: Lanes, n: Lanes) -> Lanes {
 #[target_feature(enable = "avx512f")]
 pub(crate) fn sum_lanes(x: Lanes) -> f32 {
     _mm512_reduce_add_ps(x)
+}
+
+/// Lane i is the sum of register i.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn sum_each(x: &[Lanes; LANES]) -> Lanes {
+    let a = sum_four(x[0], x[1], x[2], x[3]);
+    let b = sum_four(x[4], x[5], x[6], x[7]);
+    let c = sum_four(x[8], x[9], x[10], x[11]);
+    let d = sum_four(x[12], x[13], x[14], x[15]);
+    // Quarters 0 and 1 of each with its quarters 2 and 3, then the two that are left.
+    let ab = add_lanes(_mm512_shuffle_f32x4::<0x44>(a, b), _mm512_shuffle_f32x4::<0xee>(a, b));
+    let cd = add_lanes(_mm512_shuffle_f32x4::<0x44>(c, d), _mm512_shuffle_f32x4::<0xee>(c, d));
+    let even = _mm512_shuffle_f32x4::<0x88>(ab, cd);
+    add_lanes(even, _mm512_shuffle_f32x4::<0xdd>(ab, cd))
+}
+
+/// In each quarter, the sums of that quarter of the four registers.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn sum_four(a: Lanes, b: Lanes, c: Lanes, d: Lanes) -> Lanes {
+    let ab = _mm512_castps_pd(add_lanes(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)));
+    let cd = _mm512_castps_pd(add_lanes(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d)));
+    let low = _mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd));
+    add_lanes(low, _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)))
 }
 
 #[inline]

@@ -29,6 +29,9 @@ mod neon;
 
 mod fixed;
 
+mod attention;
+
+pub use attention::{Gathered, KvRows, Queries};
 pub use block::{Format, LayoutError, Rows, ScaleType, quantise_row};
 pub use fixed::{Fixed, FixedLayout, FixedMut, TILE_BYTES, TILE_ROWS, TileMut};
 pub use float::{

@@ -9,6 +9,8 @@
 use std::arch::aarch64::*;
 use std::arch::asm;
 
+use crate::attention::lanes::attention_operations;
+use crate::attention::{BLOCK, Gathered, KvRows, LINE, MIX_POSITIONS, PANEL_ROWS, Queries};
 use crate::block::{Format, Row, Rows, ScaleType, f32_at, scale_at, u16_at};
 use crate::float::{bf16_to_f32, f16_to_f32};
 use crate::lanes::operations;
@@ -21,8 +23,13 @@ const STATE_LANES: usize = 8;
 /// Rows and vectors of one block of a product: two sums for each pair stay in registers.
 const BLOCK_ROWS: usize = 4;
 const BLOCK_TOKENS: usize = 3;
+/// Rows of one block of scores: its sums and the keys stay in registers.
+const SCORE_ROWS: usize = 4;
+/// Registers of one strip of values: four rows of sums stay in registers beside it.
+const MIX_LANES: usize = 4;
 
 operations!("neon");
+attention_operations!("neon");
 
 #[inline]
 #[target_feature(enable = "neon")]
@@ -117,6 +124,13 @@ fn power_of_two(n: int32x4_t) -> Lanes {
 #[target_feature(enable = "neon")]
 pub(crate) fn sum_lanes(x: Lanes) -> f32 {
     vaddvq_f32(x)
+}
+
+/// Lane i is the sum of register i.
+#[inline]
+#[target_feature(enable = "neon")]
+fn sum_each(x: &[Lanes; LANES]) -> Lanes {
+    vpaddq_f32(vpaddq_f32(x[0], x[1]), vpaddq_f32(x[2], x[3]))
 }
 
 #[inline]

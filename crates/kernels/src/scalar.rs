@@ -5,6 +5,7 @@
 //! are checked in `lib.rs` before a call arrives here.
 
 use crate::DeltaHead;
+use crate::attention::{Gathered, KvRows, Queries};
 use crate::block::{Format, Row, Rows, f32_at, quantised_at, scale_at, u16_at};
 use crate::float::{bf16_to_f32, f16_to_f32};
 
@@ -157,6 +158,36 @@ pub(crate) fn delta_step(head: &mut DeltaHead) {
     for ((s, k), q) in state.chunks_exact_mut(dv).zip(*k).zip(*q) {
         axpy(*k, delta, s);
         axpy(*q, s, out);
+    }
+}
+
+pub(crate) fn attend(
+    page: &KvRows,
+    queries: &Queries,
+    gathered: &mut Gathered,
+    scores: &mut [f32],
+) {
+    let rows = queries.visible.len();
+    let head_dim = queries.rows.len() / rows;
+    let positions = scores.len() / rows;
+    for (row, &visible) in queries.visible.iter().enumerate() {
+        if visible == 0 {
+            continue;
+        }
+        let query = &queries.rows[row * head_dim..][..head_dim];
+        let weights = &mut scores[row * positions..][..visible];
+        dots(query, &page.keys[..visible * head_dim], weights);
+        let max = weights.iter().copied().fold(gathered.max[row], f32::max);
+        let factor = (gathered.max[row] - max).exp();
+        gathered.max[row] = max;
+        gathered.sum[row] *= factor;
+        let mix = &mut gathered.mix[row * head_dim..][..head_dim];
+        scale(factor, mix);
+        for (score, value) in weights.iter_mut().zip(page.values.chunks_exact(head_dim)) {
+            let weight = (*score - max).exp();
+            gathered.sum[row] += weight;
+            axpy(weight, value, mix);
+        }
     }
 }
 

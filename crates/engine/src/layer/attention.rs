@@ -6,7 +6,8 @@
 use flash_moe_kernels::Isa;
 
 use crate::compute::{Compute, Temporary, sized, with_scratch};
-use crate::kv_cache::{KvCache, PAGE_POSITIONS};
+use crate::kv_cache::KvCache;
+use crate::layer::attend::{Gathering, Projected, attend};
 use crate::shape::{Attention, Shape};
 use crate::weights::AttentionWeights;
 
@@ -17,6 +18,7 @@ pub struct AttentionScratch {
     keys: Vec<f32>,      // [tokens][kv_heads][head_dim]
     values: Vec<f32>,    // [tokens][kv_heads][head_dim]
     mixed: Vec<f32>,     // [tokens][heads][head_dim]
+    gathering: Gathering,
 }
 
 impl AttentionScratch {
@@ -24,6 +26,7 @@ impl AttentionScratch {
     pub fn floats(a: &Attention, tokens: usize) -> usize {
         let q = a.heads * a.head_dim * if a.gate { 2 } else { 1 };
         tokens * (q + 2 * a.kv_heads * a.head_dim + a.heads * a.head_dim)
+            + Gathering::floats(a, tokens)
     }
 }
 
@@ -110,14 +113,12 @@ pub fn attention(
         cache.push(key, value);
     }
 
+    let rows = Projected { rows: projected, stride, first };
     let mixed = sized(&mut scratch.mixed, tokens * width);
-    let (cache, projected) = (&*cache, &*projected);
-    compute.pool.chunks(mixed, a.head_dim, |i, out| {
-        let (t, head) = (i / a.heads, i % a.heads);
-        let query = &projected[i * stride..][..a.head_dim];
-        attend(compute.isa, cache, head / (a.heads / a.kv_heads), query, first + t + 1, out);
+    attend(compute, (a, cache), &rows, &mut scratch.gathering, mixed, |i, out| {
         if a.gate {
-            compute.isa.sigmoid_mul(&projected[i * stride + a.head_dim..][..a.head_dim], out);
+            let gate = &rows.rows[i * stride + a.head_dim..][..a.head_dim];
+            compute.isa.sigmoid_mul(gate, out);
         }
     });
     compute.project(&w.o.rows(), mixed, out, tmp);
@@ -129,29 +130,4 @@ fn turn_head(isa: Isa, head: &mut [f32], (norm, eps): (&[f32], f32), (cos, sin):
         head.copy_from_slice(normed);
     });
     isa.rope(head, cos, sin);
-}
-
-/// softmax(q . K / sqrt(head_dim)) V over the first `positions` of one KV head.
-fn attend(
-    isa: Isa,
-    cache: &KvCache,
-    head: usize,
-    query: &[f32],
-    positions: usize,
-    out: &mut [f32],
-) {
-    with_scratch(positions, |scores| {
-        for (page, scores) in scores.chunks_mut(PAGE_POSITIONS).enumerate() {
-            isa.dots(query, &cache.keys(head, page)[..scores.len() * query.len()], scores);
-        }
-        isa.scale(1.0 / (query.len() as f32).sqrt(), scores);
-        isa.softmax(scores);
-        out.fill(0.0);
-        for (page, weights) in scores.chunks(PAGE_POSITIONS).enumerate() {
-            let values = cache.values(head, page).chunks_exact(query.len());
-            for (&weight, value) in weights.iter().zip(values) {
-                isa.axpy(weight, value, out);
-            }
-        }
-    });
 }
