@@ -368,8 +368,8 @@ impl Compute {
     }
 }
 
-/// The floats from the first cache line on: up to `LINE_FLOATS - 1` at the start are left out. A load
-/// of a wide register that crosses two lines takes twice as long (docs/measurements.md, 14).
+/// The floats from the first cache line on: up to `LINE_FLOATS - 1` at the start are left out. Loads
+/// of whole registers then never cross two lines (docs/measurements.md, 14).
 pub fn from_line(x: &mut [f32]) -> &mut [f32] {
     let start = x.as_ptr().align_offset(LINE_FLOATS * size_of::<f32>());
     &mut x[start..]
