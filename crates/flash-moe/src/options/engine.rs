@@ -74,7 +74,8 @@ pub struct EngineArgs {
     pub prefill_chunk: usize,
 
     /// How the experts of the next layer are guessed, to be read while this one computes. Never
-    /// changes the numbers.
+    /// changes the numbers. Measured on a disk that was the limit, with random weights: no gain
+    /// (docs/measurements.md, entry 16); it can pay where the disk idles.
     #[arg(long, value_enum, default_value_t = LookaheadChoice::Off, help_heading = "Machine")]
     pub lookahead: LookaheadChoice,
 
@@ -155,7 +156,8 @@ pub enum LookaheadChoice {
     Off,
     /// The next layer's own router, applied to the state before this layer's experts.
     Router,
-    /// The experts that the last token used there: the original engine's --predict.
+    /// The experts that the last token used there: the original engine's --predict. Of its reads
+    /// a fifth were useful where that was measured.
     Previous,
 }
 
