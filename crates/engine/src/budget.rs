@@ -12,6 +12,7 @@ use crate::engine::Options;
 use crate::error::{Error, Result};
 use crate::kv_cache::KvCache;
 use crate::machine;
+use crate::memory::Block;
 use crate::session::Scratch;
 use crate::shape::{Mix, Shape};
 use crate::weights::Weights;
@@ -62,7 +63,7 @@ pub struct Budget {
     pub context: usize,
     /// Everything but the pool.
     pub fixed: Vec<Line>,
-    /// Bytes of a pool slot: the largest record, whole pages.
+    /// Memory of a pool slot: the largest record, whole pages and one for their alignment.
     pub slot_bytes: u64,
     /// Slots the pool gets.
     pub slots: usize,
@@ -98,7 +99,7 @@ impl Budget {
             limit: limit(options)?,
             context,
             fixed: fixed_lines(demand, options, context),
-            slot_bytes: demand.slot_bytes,
+            slot_bytes: slot_memory(demand),
             slots: 0,
             slots_floor: top_k * layers,
             records,
@@ -197,6 +198,13 @@ fn limit(options: &Options) -> Result<u64> {
     })?;
     // A tenth stays free for the system and for files that other programs are reading.
     Ok(available - available / 10)
+}
+
+fn slot_memory(demand: &Demand) -> u64 {
+    match demand.slot_bytes {
+        0 => 0,
+        record => Block::memory_bytes(record as usize) as u64,
+    }
 }
 
 fn fixed_lines(demand: &Demand, options: &Options, context: usize) -> Vec<Line> {

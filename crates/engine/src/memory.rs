@@ -18,9 +18,14 @@ pub struct Block {
 impl Block {
     /// A block of zeros, rounded up to whole pages in memory.
     pub fn zeroed(bytes: usize) -> Self {
-        let memory = vec![0; page_multiple(bytes) + PAGE_BYTES];
+        let memory = vec![0; Self::memory_bytes(bytes)];
         let start = memory.as_ptr().align_offset(PAGE_BYTES);
         Self { memory, start, bytes }
+    }
+
+    /// Memory that a block of `bytes` takes: whole pages, and one for its alignment.
+    pub const fn memory_bytes(bytes: usize) -> usize {
+        bytes.next_multiple_of(PAGE_BYTES) + PAGE_BYTES
     }
 
     /// The bytes asked for.

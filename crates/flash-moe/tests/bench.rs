@@ -3,16 +3,9 @@
 //! What must hold whatever the machine does: the sums of the stages, the counts of experts, the
 //! shape of JSON, CSV and tables, and that a wrong answer is never timed.
 
+use crate::fixture::converted;
 use crate::program::{Home, text};
 use serde_json::Value;
-
-fn converted() -> Home {
-    let home = Home::new();
-    let source = home.path("source");
-    crate::fixture::write_checkpoint("q35-r4", &source);
-    home.succeed(&["convert", "--bits", "4", &text(&source), &text(&home.path("container"))]);
-    home
-}
 
 fn object(home: &Home, args: &[&str]) -> Value {
     let output = home.succeed(args);

@@ -6,16 +6,9 @@
 
 use std::fs;
 
+use crate::fixture::converted;
 use crate::program::{Home, TraceFile, id_list, stderr, text};
 use serde_json::Value;
-
-fn converted() -> Home {
-    let home = Home::new();
-    let source = home.path("source");
-    crate::fixture::write_checkpoint("q35-r4", &source);
-    home.succeed(&["convert", "--bits", "4", &text(&source), &text(&home.path("container"))]);
-    home
-}
 
 /// The summary of a run with these flags, and the bits of its logits.
 fn run(home: &Home, extra: &[&str]) -> (Value, Vec<u32>) {

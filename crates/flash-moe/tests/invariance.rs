@@ -4,6 +4,7 @@
 //! threads: the traces of all of them are equal bit for bit. The size of a prefill chunk changes
 //! sums' order, so there only a bound holds, and it is stated here.
 
+use crate::fixture::converted;
 use crate::program::{Home, TraceFile, id_list, text};
 
 /// Largest difference of a logit between prefill chunk sizes on the tiny models: in f32, and in fixed
@@ -11,14 +12,6 @@ use crate::program::{Home, TraceFile, id_list, text};
 const CHUNK_BOUNDS: [(&[&str], f32); 2] = [(&["--exact"], 1e-4), (&[], 5e-3)];
 /// Choices of experts, in a hundred, that fixed point may turn: random routers have near ties.
 const TURNED_PERCENT: usize = 1;
-
-fn converted() -> Home {
-    let home = Home::new();
-    let source = home.path("source");
-    crate::fixture::write_checkpoint("q35-r4", &source);
-    home.succeed(&["convert", "--bits", "4", &text(&source), &text(&home.path("container"))]);
-    home
-}
 
 fn logits(home: &Home, extra: &[&str]) -> (u64, Vec<f32>) {
     let (misses, trace) = traced(home, extra);

@@ -160,6 +160,38 @@ fn fewer_experts_are_lossy_and_more_than_there_are_refused() {
 }
 
 #[test]
+fn activations_are_16_bit_unless_a_flag_says_otherwise() {
+    let home = Home::new();
+    let run = |flags: &[&str]| {
+        let trace = text(&home.path("t.safetensors"));
+        let mut args = vec!["--raw", "--greedy", "-n", "2", "--trace", &trace];
+        args.extend_from_slice(flags);
+        args.push("Once upon a time");
+        let summary = home.json(&args);
+        let logits = TraceFile::open(&home.path("t.safetensors")).floats("prefill.logits").1;
+        (summary, logits)
+    };
+    let (exact, reference) = run(&["--exact"]);
+    assert_eq!(exact["settings"]["activations"], "f32");
+    assert_eq!(exact["lossy"], Value::Array(Vec::new()));
+    let apart = |logits: &[f32]| {
+        let pairs = logits.iter().zip(&reference).filter(|(_, r)| r.is_finite());
+        pairs.map(|(l, r)| (l - r).abs()).fold(0.0, f32::max)
+    };
+    let (default, logits) = run(&[]);
+    assert_eq!(default["settings"]["activations"], "fixed16");
+    assert_eq!(default["lossy"], Value::Array(Vec::new()));
+    let fine = apart(&logits);
+    assert!(fine > 0.0 && fine < 0.05, "{fine}");
+    let (fast, logits) = run(&["--fast"]);
+    assert_eq!(fast["settings"]["activations"], "int8");
+    assert!(fast["lossy"][0].as_str().is_some_and(|l| l.contains("8-bit")), "{}", fast["lossy"]);
+    assert!(apart(&logits) > 10.0 * fine, "{}", apart(&logits));
+    let both = home.run(&["run", "--exact", "--fast", "Hello"]);
+    assert_eq!(both.status.code(), Some(2), "{}", stderr(&both));
+}
+
+#[test]
 fn thinking_is_told_apart_and_ended_by_its_budget() {
     let home = Home::new();
     let prompt = "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n<think>\nWell, the boy";

@@ -151,7 +151,9 @@ fn check() {
                 let (mut got, mut got_one) = (Product::new(&weights, 7), vec![0.0; 45]);
                 got.multiply(isa, &w, &xs);
                 isa.mat_vec_fixed(&w, 0, &one.view(), &mut got_one);
-                for (got, want) in got.y.iter().zip(&want.y).chain(got_one.iter().zip(&want_one)) {
+                let tiles = got.y.iter().zip(&want.y).enumerate();
+                let rows = tiles.filter(|(i, _)| i % TILE_ROWS < 45).map(|(_, pair)| pair);
+                for (got, want) in rows.chain(got_one.iter().zip(&want_one)) {
                     let bound = f32::from(u8::MAX >> (8 - bits)) * 320.0 * 1e-5;
                     assert!((got - want).abs() <= bound, "{isa:?} {bits} bits: {got} for {want}");
                 }

@@ -157,7 +157,7 @@ pub enum LookaheadChoice {
     /// The next layer's own router, applied to the state before this layer's experts.
     Router,
     /// The experts that the last token used there: the original engine's --predict. Of its reads
-    /// a fifth were useful where that was measured.
+    /// a quarter at most were useful where that was measured.
     Previous,
 }
 

@@ -12,8 +12,8 @@ use std::ops::Range;
 
 use super::lanes::{by_width, fixed_operations};
 use super::{
-    AHEAD_BYTES, FACTORS, Fixed, FixedLayout, FixedMut, ROW_BLOCK, STEP_COLS, Step, TILE_ROWS,
-    TileMut, first_bytes, padded, quarter_start, windows,
+    AHEAD_BYTES, BLOCK_TOKENS, FACTORS, Fixed, FixedLayout, FixedMut, ROW_BLOCK, STEP_COLS, Step,
+    TILE_ROWS, TileMut, first_bytes, padded, quarter_start, windows,
 };
 use crate::avx2::{
     self as floats, LANES, Lanes, add_lanes, fma, load, load_part as first_floats, mul_lanes,
@@ -25,7 +25,6 @@ type Bytes = __m256i;
 type Ints = __m256i;
 /// Panels and vectors of one block: 4 sums and 4 totals of 16 registers.
 const BLOCK_PANELS: usize = 2;
-const BLOCK_TOKENS: usize = 4;
 
 fixed_operations!("avx2,f16c,fma");
 

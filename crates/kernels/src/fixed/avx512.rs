@@ -11,8 +11,8 @@ use std::ops::Range;
 
 use super::lanes::{by_width, fixed_operations};
 use super::{
-    AHEAD_BYTES, FACTORS, Fixed, FixedLayout, FixedMut, ROW_BLOCK, STEP_COLS, Step, TILE_ROWS,
-    TileMut, padded,
+    AHEAD_BYTES, BLOCK_TOKENS, FACTORS, Fixed, FixedLayout, FixedMut, ROW_BLOCK, STEP_COLS, Step,
+    TILE_ROWS, TileMut, padded,
 };
 use crate::avx512::{
     self as floats, LANES, Lanes, add_lanes, fma, load, mul_lanes, splat, store, sum_lanes,
@@ -23,7 +23,6 @@ pub(super) type Bytes = __m512i;
 pub(super) type Ints = __m512i;
 /// Panels and vectors of one block: 12 sums and 12 totals of 32 registers.
 pub(super) const BLOCK_PANELS: usize = 4;
-pub(super) const BLOCK_TOKENS: usize = 4;
 
 fixed_operations!("avx512f,avx512bw,avx512dq,avx512vl,f16c,fma");
 

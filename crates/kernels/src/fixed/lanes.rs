@@ -372,6 +372,9 @@ macro_rules! fixed_operations {
             }
         }
 
+        // A tile is whole blocks of panels.
+        const _: () = assert!(TILE_ROWS % (LANES * BLOCK_PANELS) == 0);
+
         /// Adds the products of a step's columns and all vectors to `y [tokens][TILE_ROWS]`.
         #[target_feature(enable = $features)]
         fn multiply_step<const BITS: usize>(step: &Step, y: &mut [f32]) {

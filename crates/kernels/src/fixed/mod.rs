@@ -31,6 +31,9 @@ use crate::isa::{Isa, Kind, dispatch_fixed};
 pub const TILE_ROWS: usize = 64;
 /// Columns of a tile that are unpacked at a time: a cache line of each row of 4-bit weights.
 const STEP_COLS: usize = 128;
+/// Vectors that a block of registers holds.
+#[cfg(any(target_arch = "aarch64", target_arch = "x86_64"))]
+const BLOCK_TOKENS: usize = 4;
 /// Bytes that [`TileMut::codes`] has at least.
 pub const TILE_BYTES: usize = TILE_ROWS * STEP_COLS + 64;
 /// How far ahead of their use weights are asked for, in bytes: the time in which a core reads this

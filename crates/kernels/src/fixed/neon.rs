@@ -11,8 +11,8 @@ use std::ops::Range;
 
 use super::lanes::{by_width, fixed_operations};
 use super::{
-    AHEAD_BYTES, FACTORS, Fixed, FixedLayout, FixedMut, ROW_BLOCK, STEP_COLS, Step, TILE_ROWS,
-    TileMut, first_bytes, padded, quarter_start, windows,
+    AHEAD_BYTES, BLOCK_TOKENS, FACTORS, Fixed, FixedLayout, FixedMut, ROW_BLOCK, STEP_COLS, Step,
+    TILE_ROWS, TileMut, first_bytes, padded, quarter_start, windows,
 };
 use crate::block::{Format, Row, Rows, ScaleType, scale_at};
 use crate::neon::{
@@ -24,7 +24,6 @@ pub(super) type Bytes = uint8x16_t;
 pub(super) type Ints = int32x4_t;
 /// Panels and vectors of one block: 12 sums and 12 totals of 32 registers.
 pub(super) const BLOCK_PANELS: usize = 4;
-pub(super) const BLOCK_TOKENS: usize = 4;
 
 fixed_operations!("neon");
 

@@ -10,12 +10,12 @@ use std::ops::Range;
 
 use super::lanes::{by_width, fixed_operations};
 use super::neon::{
-    BLOCK_PANELS, BLOCK_TOKENS, Bytes, Ints, as_bytes, as_lanes, broadcast, codes, load_bytes,
-    plane, signed, store_bytes, times_256, to_floats, transpose, widen, zero_bytes, zero_ints,
+    BLOCK_PANELS, Bytes, Ints, as_bytes, as_lanes, broadcast, codes, load_bytes, plane, signed,
+    store_bytes, times_256, to_floats, transpose, widen, zero_bytes, zero_ints,
 };
 use super::{
-    AHEAD_BYTES, FACTORS, Fixed, FixedLayout, FixedMut, ROW_BLOCK, STEP_COLS, Step, TILE_ROWS,
-    TileMut, padded,
+    AHEAD_BYTES, BLOCK_TOKENS, FACTORS, Fixed, FixedLayout, FixedMut, ROW_BLOCK, STEP_COLS, Step,
+    TILE_ROWS, TileMut, padded,
 };
 use crate::block::{Format, Row, Rows, ScaleType, scale_at};
 use crate::neon::{

@@ -9,14 +9,14 @@ use std::arch::x86_64::*;
 use std::ops::Range;
 
 use super::avx512::{
-    BLOCK_PANELS, BLOCK_TOKENS, Bytes, Ints, as_bytes, as_lanes, broadcast, codes, first_floats,
-    load_bytes, of_groups, plane, signed, store_bytes, times_256, to_floats, transpose, widen,
-    zero_bytes, zero_ints,
+    BLOCK_PANELS, Bytes, Ints, as_bytes, as_lanes, broadcast, codes, first_floats, load_bytes,
+    of_groups, plane, signed, store_bytes, times_256, to_floats, transpose, widen, zero_bytes,
+    zero_ints,
 };
 use super::lanes::{by_width, fixed_operations};
 use super::{
-    AHEAD_BYTES, FACTORS, Fixed, FixedLayout, FixedMut, ROW_BLOCK, STEP_COLS, Step, TILE_ROWS,
-    TileMut, padded,
+    AHEAD_BYTES, BLOCK_TOKENS, FACTORS, Fixed, FixedLayout, FixedMut, ROW_BLOCK, STEP_COLS, Step,
+    TILE_ROWS, TileMut, padded,
 };
 use crate::avx512::{
     self as floats, LANES, Lanes, add_lanes, fma, load, mul_lanes, splat, store, sum_lanes,
