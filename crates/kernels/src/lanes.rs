@@ -263,6 +263,19 @@ macro_rules! operations {
         }
 
         #[target_feature(enable = $features)]
+        pub(crate) fn add_product(
+            (a, stride): (&[f32], usize),
+            (b, width): (&[f32], usize),
+            c: &mut [f32],
+        ) {
+            // A panel of sums stays in the nearest cache while the rows of `b` pass.
+            let panels = a.chunks(PANEL_ROWS * stride).zip(c.chunks_mut(PANEL_ROWS * width));
+            for (a, c) in panels {
+                mix_panel(b, (width, stride), a, c);
+            }
+        }
+
+        #[target_feature(enable = $features)]
         pub(crate) fn mat_mul(
             w: &Rows,
             first_row: usize,

@@ -139,6 +139,26 @@ impl Isa {
         dispatch!(self, dots(row, xs, out));
     }
 
+    /// `c[i] += sum over p of a[i][p] * b[p]`: `a [rows][stride]`, of which the first `depth` elements
+    /// of a row are read and the last row may end with them, `b [depth][width]`, `c [rows][width]`.
+    ///
+    /// # Panics
+    /// If the lengths differ from these shapes or `depth` is above `stride`.
+    pub fn add_product(
+        self,
+        (a, stride): (&[f32], usize),
+        (b, width): (&[f32], usize),
+        c: &mut [f32],
+    ) {
+        if b.is_empty() || c.is_empty() {
+            return;
+        }
+        let (depth, rows) = (b.len() / width, c.len() / width);
+        assert!(b.len() == depth * width && c.len() == rows * width, "add_product: width");
+        assert!(depth <= stride && a.len() >= (rows - 1) * stride + depth, "add_product: a");
+        dispatch!(self, add_product((a, stride), (b, width), c));
+    }
+
     /// `y[i][t] = w[first_row + i] . xs[t]`: `xs [tokens][cols]`, `y [rows][tokens]`.
     ///
     /// `scratch [any number of rows][cols]`, at least one, holds unpacked rows; 16 keep the traffic

@@ -143,6 +143,18 @@ pub(crate) fn conv4(w: [&[f32]; 4], u: [&[f32]; 4], out: &mut [f32]) {
     }
 }
 
+pub(crate) fn add_product(
+    (a, stride): (&[f32], usize),
+    (b, width): (&[f32], usize),
+    c: &mut [f32],
+) {
+    for (a, c) in a.chunks(stride).zip(c.chunks_exact_mut(width)) {
+        for (a, b) in a.iter().zip(b.chunks_exact(width)) {
+            axpy(*a, b, c);
+        }
+    }
+}
+
 pub(crate) fn delta_step(head: &mut DeltaHead) {
     let DeltaHead { state, q, k, v, decay, beta, delta, out } = head;
     let dv = v.len();

@@ -107,6 +107,34 @@ fn delta_step_agrees_and_follows_its_definition() {
 }
 
 #[test]
+fn added_products_agree() {
+    for (rows, depth, stride, width) in [
+        (1, 1, 1, 1),
+        (3, 5, 5, 7),
+        (4, 16, 20, 16),
+        (5, 17, 64, 65),
+        (17, 33, 33, 24),
+        (64, 60, 64, 128),
+        (128, 64, 64, 137),
+    ] {
+        let (a, b) = (floats(31, (rows - 1) * stride + depth), floats(32, depth * width));
+        let start = floats(33, rows * width);
+        let mut want = start.clone();
+        for (i, want) in want.iter_mut().enumerate() {
+            let (row, column) = (i / width, i % width);
+            let sum = |p: usize| f64::from(a[row * stride + p]) * f64::from(b[p * width + column]);
+            *want = (f64::from(*want) + (0..depth).map(sum).sum::<f64>()) as f32;
+        }
+        for isa in Isa::available() {
+            let mut got = start.clone();
+            isa.add_product((&a, stride), (&b, width), &mut got);
+            let label = format!("{isa:?} {rows} x {depth} of {stride} x {width}");
+            close(&got, &want, SUM * (depth as f32 + 1.0), &label);
+        }
+    }
+}
+
+#[test]
 fn products_of_matrices_agree_in_every_format() {
     for format in formats() {
         for cols in columns(format) {

@@ -12,6 +12,10 @@ use crate::weights::DeltaNetWeights;
 
 /// Tokens solved together in the chunked form.
 const CHUNK: usize = 64;
+/// Rows that are solved one by one, after everything above them was subtracted in one product.
+const SOLVED: usize = 4;
+/// Rows whose product with what is left of the diagonal is formed together.
+const TRIANGLE: usize = 16;
 /// Fewer tokens than this run the recurrence: the triangular system would cost more.
 const CHUNKED_FROM: usize = 8;
 /// Epsilon of the norm of queries and keys; on the sum of squares, inside the root.
@@ -57,7 +61,7 @@ impl DeltaScratch {
 
     /// Floats each thread needs for the chunked form.
     pub fn thread_floats(d: &DeltaNet) -> usize {
-        CHUNK * (d.value_dim + CHUNK + 1)
+        Chunk::floats(d)
     }
 }
 
@@ -212,72 +216,149 @@ impl Rule<'_> {
     fn chunked(&self, head: usize, state: &mut [f32], out: &mut [f32]) {
         let width = self.d.value_dim;
         with_scratch(DeltaScratch::thread_floats(self.d), |scratch| {
+            let mut chunk = Chunk::new(self.d, scratch);
             for (c, out) in out.chunks_mut(CHUNK * width).enumerate() {
-                self.chunk((head, c * CHUNK), state, scratch, out);
+                self.chunk((head, c * CHUNK), state, &mut chunk, out);
             }
         });
     }
 
+    /// With F the running product of the fades, D[i][j] = F[i] / F[j] and S the state before:
+    /// `new[i] = beta[i] * (v[i] - F[i] S^T k[i] - sum over j < i of D[i][j] (k[i] . k[j]) new[j])`,
+    /// `out[i] = F[i] S^T q[i] + sum over j <= i of D[i][j] (q[i] . k[j]) new[j]`, and the state after
+    /// is `F[last] S + sum over j of D[last][j] k[j] (x) new[j]`.
     fn chunk(
         &self,
         (head, first): (usize, usize),
         state: &mut [f32],
-        scratch: &mut [f32],
+        chunk: &mut Chunk,
         out: &mut [f32],
     ) {
-        let (isa, width) = (self.isa, self.d.value_dim);
+        let (isa, width, keys) = (self.isa, self.d.value_dim, self.d.key_dim);
         let tokens = out.len() / width;
-        let (fade, rest) = scratch.split_at_mut(CHUNK); // cumulative g, [tokens]
-        let (dots, rest) = rest.split_at_mut(CHUNK * CHUNK); // one row in use at a time
-        let news = &mut rest[..tokens * width]; // [tokens][value_dim], solved top to bottom
-        let mut sum = 0.0;
-        for (t, fade) in fade[..tokens].iter_mut().enumerate() {
-            sum += self.gate(head, first + t).0;
-            *fade = sum;
+        self.gather((head, first), tokens, chunk);
+        let Chunk { queries, keys: key_rows, turned, decay, onto_queries, onto_keys, news } = chunk;
+        let (queries, key_rows) = (&queries[..tokens * keys], &key_rows[..tokens * keys]);
+        let news = &mut news[..tokens * width];
+        for (rows, onto, read) in
+            [(queries, &mut **onto_queries, &mut *out), (key_rows, &mut **onto_keys, &mut *news)]
+        {
+            let onto = &mut onto[..tokens * CHUNK];
+            onto.fill(0.0);
+            isa.add_product((rows, keys), (turned, CHUNK), onto);
+            read.fill(0.0);
+            isa.add_product((rows, keys), (state, width), read);
         }
-        for i in 0..tokens {
-            let (q, k, v) = self.qkv(head, first + i);
-            let beta = self.gate(head, first + i).1;
-            let (solved, rest) = news.split_at_mut(i * width);
-            let new = &mut rest[..width];
-            // What the faded state already answers for this key.
-            new.fill(0.0);
-            read_state(isa, state, k, new);
-            let from_state = fade[i].exp();
-            for (new, v) in new.iter_mut().zip(v) {
-                *new = beta * (v - from_state * *new);
+        let mut fade = 1.0; // F of the token
+        for t in 0..tokens {
+            let (g, beta) = self.gate(head, first + t);
+            fade *= g.exp();
+            self.decay_row((t, g.exp()), decay);
+            let decay = &decay[t * CHUNK..][..CHUNK];
+            let row = t * CHUNK..(t + 1) * CHUNK;
+            // What is after the token has no decay: zero, so it takes no part.
+            multiply(decay, 1.0, &mut onto_queries[row.clone()]);
+            multiply(decay, -beta, &mut onto_keys[row]);
+            isa.scale(fade, &mut out[t * width..][..width]);
+            let (_, _, v) = self.qkv(head, first + t);
+            for (new, v) in news[t * width..][..width].iter_mut().zip(v) {
+                *new = beta * (v - fade * *new);
             }
-            let out = &mut out[i * width..][..width];
-            out.fill(0.0);
-            read_state(isa, state, q, out);
-            isa.scale(from_state, out);
-            for (j, solved) in solved.chunks_exact(width).enumerate() {
-                let (_, earlier, _) = self.qkv(head, first + j);
-                let decay = (fade[i] - fade[j]).exp();
-                isa.axpy(-beta * isa.dot(k, earlier) * decay, solved, new);
-                dots[j] = isa.dot(q, earlier) * decay;
-            }
-            for (j, solved) in solved.chunks_exact(width).enumerate() {
-                isa.axpy(dots[j], solved, out);
-            }
-            isa.axpy(isa.dot(q, k), new, out);
         }
-        let last = fade[tokens - 1];
-        isa.scale(last.exp(), state);
-        for (j, new) in news.chunks_exact(width).enumerate() {
-            let (_, k, _) = self.qkv(head, first + j);
-            let decay = (last - fade[j]).exp();
-            for (k, row) in k.iter().zip(state.chunks_exact_mut(width)) {
-                isa.axpy(k * decay, new, row);
+        solve(isa, onto_keys, width, news);
+        add_triangle(isa, onto_queries, (news, width), out);
+        let last = &decay[(tokens - 1) * CHUNK..][..tokens];
+        for (decay, new) in last.iter().zip(news.chunks_exact_mut(width)) {
+            isa.scale(*decay, new);
+        }
+        isa.scale(fade, state);
+        isa.add_product((turned, CHUNK), (news, width), state);
+    }
+
+    /// Copies the chunk's queries and keys together, and its keys a second time turned.
+    fn gather(&self, (head, first): (usize, usize), tokens: usize, chunk: &mut Chunk) {
+        let keys = self.d.key_dim;
+        chunk.turned.fill(0.0);
+        for t in 0..tokens {
+            let (q, k, _) = self.qkv(head, first + t);
+            chunk.queries[t * keys..][..keys].copy_from_slice(q);
+            chunk.keys[t * keys..][..keys].copy_from_slice(k);
+            for (column, k) in chunk.turned.chunks_exact_mut(CHUNK).zip(k) {
+                column[t] = *k;
+            }
+        }
+    }
+
+    /// Row t of D: the row before it faded once more, then 1, then zeros.
+    fn decay_row(&self, (t, fade): (usize, f32), decay: &mut [f32]) {
+        let (before, row) = decay.split_at_mut(t * CHUNK);
+        let row = &mut row[..CHUNK];
+        row.fill(0.0);
+        row[t] = 1.0;
+        if let Some(before) = before.chunks_exact(CHUNK).last() {
+            row[..t].copy_from_slice(&before[..t]);
+            self.isa.scale(fade, &mut row[..t]);
+        }
+    }
+}
+
+/// What a thread needs for the chunked form.
+struct Chunk<'a> {
+    queries: &'a mut [f32],      // [tokens][key_dim]
+    keys: &'a mut [f32],         // [tokens][key_dim]
+    turned: &'a mut [f32],       // the keys, [key_dim][CHUNK], zeros beyond the tokens
+    decay: &'a mut [f32],        // D, [tokens][CHUNK], zeros above the diagonal
+    onto_queries: &'a mut [f32], // products of queries and keys, then faded, [tokens][CHUNK]
+    onto_keys: &'a mut [f32],    // products of keys, then faded and times -beta, [tokens][CHUNK]
+    news: &'a mut [f32],         // [tokens][value_dim], solved top to bottom
+}
+
+impl<'a> Chunk<'a> {
+    fn floats(d: &DeltaNet) -> usize {
+        CHUNK * (3 * d.key_dim + 3 * CHUNK + d.value_dim)
+    }
+
+    fn new(d: &DeltaNet, scratch: &'a mut [f32]) -> Self {
+        let (queries, rest) = scratch.split_at_mut(CHUNK * d.key_dim);
+        let (keys, rest) = rest.split_at_mut(CHUNK * d.key_dim);
+        let (turned, rest) = rest.split_at_mut(CHUNK * d.key_dim);
+        let (decay, rest) = rest.split_at_mut(CHUNK * CHUNK);
+        let (onto_queries, rest) = rest.split_at_mut(CHUNK * CHUNK);
+        let (onto_keys, news) = rest.split_at_mut(CHUNK * CHUNK);
+        Self { queries, keys, turned, decay, onto_queries, onto_keys, news }
+    }
+}
+
+/// `x *= factors * a`.
+fn multiply(factors: &[f32], a: f32, x: &mut [f32]) {
+    for (x, factor) in x.iter_mut().zip(factors) {
+        *x *= factor * a;
+    }
+}
+
+/// `news[i] += sum over j < i of lower[i][j] * news[j]`, from the top: `lower [..][CHUNK]`.
+fn solve(isa: Isa, lower: &[f32], width: usize, news: &mut [f32]) {
+    let tokens = news.len() / width;
+    for first in (0..tokens).step_by(SOLVED) {
+        let last = tokens.min(first + SOLVED);
+        let (solved, block) = news[..last * width].split_at_mut(first * width);
+        isa.add_product((&lower[first * CHUNK..], CHUNK), (solved, width), block);
+        for i in 1..last - first {
+            let (solved, row) = block.split_at_mut(i * width);
+            let factors = &lower[(first + i) * CHUNK + first..];
+            for (factor, solved) in factors.iter().zip(solved.chunks_exact(width)) {
+                isa.axpy(*factor, solved, &mut row[..width]);
             }
         }
     }
 }
 
-/// `out += S^T x`: `state [key_dim][out.len()]`, `x [key_dim]`.
-fn read_state(isa: Isa, state: &[f32], x: &[f32], out: &mut [f32]) {
-    for (x, row) in x.iter().zip(state.chunks_exact(out.len())) {
-        isa.axpy(*x, row, out);
+/// `out[i] += sum over j <= i of lower[i][j] * news[j]`: `lower [..][CHUNK]`, zeros above its diagonal.
+fn add_triangle(isa: Isa, lower: &[f32], (news, width): (&[f32], usize), out: &mut [f32]) {
+    let rows = lower.chunks(TRIANGLE * CHUNK).zip(out.chunks_mut(TRIANGLE * width));
+    for (i, (lower, out)) in rows.enumerate() {
+        let end = news.len().min((i + 1) * TRIANGLE * width);
+        isa.add_product((lower, CHUNK), (&news[..end], width), out);
     }
 }
 
