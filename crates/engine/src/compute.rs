@@ -5,6 +5,7 @@
 //! `Arithmetic` says. How rows are split over threads never changes a result.
 
 use std::cell::RefCell;
+use std::ops::Range;
 
 use flash_moe_kernels::{
     Fixed, FixedLayout, FixedMut, Format, Isa, Rows, TILE_BYTES, TILE_ROWS, TileMut,
@@ -17,8 +18,11 @@ const ITEM_WEIGHTS: usize = 64 * 1024;
 
 /// Elements brought to fixed point as one work item.
 const FIX_ELEMENTS: usize = 8192;
-/// Tokens joined from tiles as one work item.
-const JOIN_TOKENS: usize = 4;
+/// Vectors up to which a tile's rows are multiplied by one after the other: unpacking them for so few
+/// takes longer.
+const FEW_TOKENS: usize = 2;
+/// Tokens whose rows are normed, added, picked or joined as one work item.
+const ITEM_TOKENS: usize = 4;
 /// Floats of a cache line.
 pub const LINE_FLOATS: usize = 16;
 
@@ -91,36 +95,29 @@ impl Activations {
         self.layout.is_none()
     }
 
-    /// The vectors of `tokens`, in their order, of the `all` that `from` holds.
-    pub fn gather(&mut self, from: &Self, all: usize, tokens: impl Iterator<Item = usize> + Clone) {
-        fn pick<T: Copy>(from: &[T], to: &mut Vec<T>, all: usize, t: impl Iterator<Item = usize>) {
-            let len = from.len() / all;
-            to.clear();
-            t.for_each(|t| to.extend_from_slice(&from[t * len..][..len]));
-        }
-        self.layout = from.layout;
-        pick(&from.hi, &mut self.hi, all, tokens.clone());
-        pick(&from.lo, &mut self.lo, all, tokens.clone());
-        pick(&from.scales, &mut self.scales, all, tokens.clone());
-        pick(&from.sums, &mut self.sums, all, tokens);
-    }
-
     /// Part number `part` of `parts` equal ones of the vectors; `x` is that part of the original.
     pub fn part<'a>(&'a self, x: &'a [f32], part: usize, parts: usize) -> Input<'a> {
-        fn cut<T>(all: &[T], part: usize, parts: usize) -> &[T] {
-            let len = all.len() / parts;
-            &all[part * len..][..len]
-        }
-        let sums = cut(&self.sums, part, parts);
+        self.range(x, part..part + 1, parts)
+    }
+
+    /// A range of the `all` vectors; `x` is that range of the original.
+    pub fn range<'a>(&'a self, x: &'a [f32], range: Range<usize>, all: usize) -> Input<'a> {
+        let sums = cut(&self.sums, &range, all);
         let fixed = self.layout.map(|layout| Fixed {
             layout,
-            hi: cut(&self.hi, part, parts),
-            lo: cut(&self.lo, part, parts),
-            scales: cut(&self.scales, part, parts),
+            hi: cut(&self.hi, &range, all),
+            lo: cut(&self.lo, &range, all),
+            scales: cut(&self.scales, &range, all),
             sums,
         });
         Input { x, sums, fixed }
     }
+}
+
+/// A range of the `all` equal parts of a slice.
+fn cut<'a, T>(whole: &'a [T], range: &Range<usize>, all: usize) -> &'a [T] {
+    let len = whole.len() / all;
+    &whole[range.start * len..range.end * len]
 }
 
 /// Vectors in the form in which they meet a matrix.
@@ -140,16 +137,42 @@ impl Input<'_> {
         }
     }
 
+    /// A range of the `all` vectors.
+    fn range(&self, range: &Range<usize>, all: usize) -> Self {
+        let fixed = self.fixed.as_ref().map(|fixed| Fixed {
+            layout: fixed.layout,
+            hi: cut(fixed.hi, range, all),
+            lo: cut(fixed.lo, range, all),
+            scales: cut(fixed.scales, range, all),
+            sums: cut(fixed.sums, range, all),
+        });
+        Self { x: cut(self.x, range, all), sums: cut(self.sums, range, all), fixed }
+    }
+
     /// `y[t][i] = w[first_row + i] . x[t]` of several: a tile `[tokens][TILE_ROWS]`, of which rows
     /// that the matrix does not have are arbitrary. `scratch` has `multiply_floats`.
-    fn multiply(&self, isa: Isa, w: &Rows, first_row: usize, y: &mut [f32], scratch: &mut [f32]) {
+    pub fn multiply(
+        &self,
+        isa: Isa,
+        w: &Rows,
+        first_row: usize,
+        y: &mut [f32],
+        scratch: &mut [f32],
+    ) {
+        let tokens = y.len() / TILE_ROWS;
+        if tokens <= FEW_TOKENS {
+            let rows = TILE_ROWS.min(w.rows() - first_row);
+            for (t, y) in y.chunks_exact_mut(TILE_ROWS).enumerate() {
+                self.range(&(t..t + 1), tokens).mat_vec(isa, w, first_row, &mut y[..rows]);
+            }
+            return;
+        }
         if let Some(xs) = &self.fixed {
             let (codes, factors) = scratch.split_at_mut(TILE_BYTES.div_ceil(size_of::<f32>()));
             let mut tile = TileMut { codes: bytemuck::cast_slice_mut(codes), factors };
             return isa.mat_mul_fixed(w, first_row, xs, y, &mut tile);
         }
         let rows = TILE_ROWS.min(w.rows() - first_row);
-        let tokens = y.len() / TILE_ROWS;
         let (products, scratch) = scratch.split_at_mut(rows * tokens);
         isa.mat_mul(w, first_row, self.x, products, scratch);
         for (i, row) in products.chunks_exact(tokens).enumerate() {
@@ -193,10 +216,11 @@ pub struct Temporary {
     other_differs: bool,
     /// Output as the products give it, `[tiles][tokens][TILE_ROWS]`.
     tiles: Vec<f32>,
+    ends: Vec<usize>, // of the parts of `tiles`
 }
 
 /// Rows of a matrix in whole tiles.
-const fn tiled(rows: usize) -> usize {
+pub const fn tiled(rows: usize) -> usize {
     rows.next_multiple_of(TILE_ROWS)
 }
 
@@ -242,9 +266,20 @@ impl Compute {
             return;
         }
         let tiles = sized(&mut tmp.tiles, tiled(w.rows()) * tokens);
-        self.pool.chunks(tiles, TILE_ROWS * tokens, |i, y| {
-            with_scratch(multiply_floats(w.cols(), tokens), |scratch| {
-                input.multiply(self.isa, w, i * TILE_ROWS, y, scratch);
+        // A matrix of few tiles is spread over its tokens too.
+        let parts = (2 * self.pool.threads()).div_ceil(w.rows().div_ceil(TILE_ROWS));
+        let block = tokens.div_ceil(parts);
+        tmp.ends.clear();
+        for tile in 0..w.rows().div_ceil(TILE_ROWS) {
+            let ends = (0..tokens).step_by(block).map(|first| tokens.min(first + block));
+            tmp.ends.extend(ends.map(|end| (tile * tokens + end) * TILE_ROWS));
+        }
+        let blocks = tokens.div_ceil(block);
+        self.pool.parts(tiles, &tmp.ends, |i, y| {
+            let first = i % blocks * block;
+            let input = input.range(&(first..first + y.len() / TILE_ROWS), tokens);
+            with_scratch(multiply_floats(w.cols(), block), |scratch| {
+                input.multiply(self.isa, w, i / blocks * TILE_ROWS, y, scratch);
             });
         });
         self.join_tiles(tiles, y, tokens);
@@ -256,49 +291,59 @@ impl Compute {
         let tokens = x.len() / gate.cols();
         self.prepare_pair((gate.format(), up.format()), x, tmp);
         let mut tiles = std::mem::take(&mut tmp.tiles);
-        self.gate_up_prepared(w, tmp.pair(x), tokens, (&mut tiles, out));
-        tmp.tiles = tiles;
-    }
-
-    /// As [`Compute::gate_up`] of tokens in the forms for either matrix.
-    pub fn gate_up_prepared(
-        &self,
-        w: (&Rows, &Rows),
-        input: (Input, Input),
-        tokens: usize,
-        (tiles, out): (&mut Vec<f32>, &mut [f32]),
-    ) {
-        let (gate, up) = w;
+        let input = tmp.pair(x);
         if tokens == 1 {
             let rows = item_rows(gate);
             self.pool.chunks(out, rows, |i, out| gate_up_rows(self.isa, w, i * rows, input, out));
-            return;
+        } else {
+            let tiles = sized(&mut tiles, tiled(gate.rows()) * tokens);
+            self.pool
+                .chunks(tiles, TILE_ROWS * tokens, |i, y| gate_up_tile(self.isa, w, i, input, y));
+            self.join_tiles(tiles, out, tokens);
         }
-        let tiles = sized(tiles, tiled(gate.rows()) * tokens);
-        self.pool.chunks(tiles, TILE_ROWS * tokens, |i, y| {
-            let unpacked = multiply_floats(gate.cols(), tokens);
-            with_scratch(unpacked + 2 * y.len(), |scratch| {
-                let (scratch, products) = scratch.split_at_mut(unpacked);
-                let (g, u) = products.split_at_mut(y.len());
-                input.0.multiply(self.isa, gate, i * TILE_ROWS, g, scratch);
-                input.1.multiply(self.isa, up, i * TILE_ROWS, u, scratch);
-                self.isa.silu_mul(g, u, y);
-            });
-        });
-        self.join_tiles(tiles, out, tokens);
+        tmp.tiles = tiles;
     }
 
     /// `[tiles][tokens][TILE_ROWS]` to `[tokens][rows]`.
     fn join_tiles(&self, tiles: &[f32], out: &mut [f32], tokens: usize) {
         let rows = out.len() / tokens;
-        self.pool.chunks(out, JOIN_TOKENS * rows, |i, out| {
-            for (t, out) in out.chunks_exact_mut(rows).enumerate() {
-                for (tile, out) in out.chunks_mut(TILE_ROWS).enumerate() {
-                    let from = (tile * tokens + i * JOIN_TOKENS + t) * TILE_ROWS;
-                    out.copy_from_slice(&tiles[from..][..out.len()]);
+        self.pool.chunks(out, ITEM_TOKENS * rows, |i, out| {
+            join(tiles, tokens, i * ITEM_TOKENS, rows, out);
+        });
+    }
+
+    /// The vectors of `tokens`, in their order, of the `all` that `from` holds.
+    pub fn gather(&self, from: &Activations, all: usize, tokens: &[u32], to: &mut Activations) {
+        fn pick<T: Copy>(from: &[T], to: &mut [T], all: usize, tokens: &[u32]) {
+            let len = from.len() / all;
+            if len > 0 {
+                for (to, t) in to.chunks_exact_mut(len).zip(tokens) {
+                    to.copy_from_slice(&from[*t as usize * len..][..len]);
                 }
             }
-        });
+        }
+        let count = tokens.len();
+        to.layout = from.layout;
+        if from.layout.is_none() {
+            let groups = from.sums.len() / all;
+            return pick(&from.sums, sized(&mut to.sums, count * groups), all, tokens);
+        }
+        let lens =
+            [from.hi.len(), from.lo.len(), from.scales.len(), from.sums.len()].map(|l| l / all);
+        let item = lens.map(|len| (ITEM_TOKENS * len).max(1));
+        self.pool.chunks4(
+            (sized(&mut to.hi, count * lens[0]), item[0]),
+            (sized(&mut to.lo, count * lens[1]), item[1]),
+            (sized(&mut to.scales, count * lens[2]), item[2]),
+            (sized(&mut to.sums, count * lens[3]), item[3]),
+            |i, hi, lo, scales, sums| {
+                let tokens = &tokens[i * ITEM_TOKENS..];
+                pick(&from.hi, hi, all, tokens);
+                pick(&from.lo, lo, all, tokens);
+                pick(&from.scales, scales, all, tokens);
+                pick(&from.sums, sums, all, tokens);
+            },
+        );
     }
 
     /// Brings vectors into the form in which they meet matrices of a format.
@@ -362,8 +407,47 @@ impl Compute {
 
     /// Root-mean-square norm of each token row: `x`, `out` `[tokens][w.len()]`.
     pub fn norm(&self, x: &[f32], w: &[f32], eps: f32, out: &mut [f32]) {
-        for (x, out) in x.chunks_exact(w.len()).zip(out.chunks_exact_mut(w.len())) {
-            self.isa.rms_norm(x, w, eps, out);
+        let item = ITEM_TOKENS * w.len();
+        self.pool.chunks(out, item, |i, out| {
+            let x = &x[i * item..][..out.len()];
+            for (x, out) in x.chunks_exact(w.len()).zip(out.chunks_exact_mut(w.len())) {
+                self.isa.rms_norm(x, w, eps, out);
+            }
+        });
+    }
+
+    /// `y += x` of token rows of `width`.
+    pub fn add(&self, x: &[f32], width: usize, y: &mut [f32]) {
+        let item = ITEM_TOKENS * width;
+        self.pool.chunks(y, item, |i, y| self.isa.add(&x[i * item..][..y.len()], y));
+    }
+}
+
+/// Tile number `tile` of `silu(gate x) * (up x)` of several vectors: `y [tokens][TILE_ROWS]`.
+pub fn gate_up_tile(
+    isa: Isa,
+    (gate, up): (&Rows, &Rows),
+    tile: usize,
+    (x, other_x): (Input, Input),
+    y: &mut [f32],
+) {
+    let unpacked = multiply_floats(gate.cols(), y.len() / TILE_ROWS);
+    with_scratch(unpacked + 2 * y.len(), |scratch| {
+        let (scratch, products) = scratch.split_at_mut(unpacked);
+        let (g, u) = products.split_at_mut(y.len());
+        x.multiply(isa, gate, tile * TILE_ROWS, g, scratch);
+        other_x.multiply(isa, up, tile * TILE_ROWS, u, scratch);
+        isa.silu_mul(g, u, y);
+    });
+}
+
+/// Rows of tokens from `first` on, of `tokens` in `tiles [tiles][tokens][TILE_ROWS]`, to
+/// `out [..][rows]`.
+pub fn join(tiles: &[f32], tokens: usize, first: usize, rows: usize, out: &mut [f32]) {
+    for (t, out) in out.chunks_exact_mut(rows).enumerate() {
+        for (tile, out) in out.chunks_mut(TILE_ROWS).enumerate() {
+            let from = (tile * tokens + first + t) * TILE_ROWS;
+            out.copy_from_slice(&tiles[from..][..out.len()]);
         }
     }
 }

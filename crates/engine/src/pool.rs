@@ -9,6 +9,7 @@
 #![allow(unsafe_code, reason = "a borrowed closure and disjoint chunks cross threads here only")]
 
 use std::cell::UnsafeCell;
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -108,6 +109,26 @@ impl Pool {
         let chunks = Chunks::new(out, chunk);
         // SAFETY: every item index is handed out once, so no chunk is borrowed twice.
         self.run(chunks.count(), &|i| work(i, unsafe { chunks.get(i) }));
+    }
+
+    /// As [`Pool::chunks`] over parts of any length: part i ends at `ends[i]` and begins where the one
+    /// before it ended.
+    pub fn parts<T: Send>(
+        &self,
+        out: &mut [T],
+        ends: &[usize],
+        work: impl Fn(usize, &mut [T]) + Sync,
+    ) {
+        assert!(
+            ends.is_sorted() && ends.last().is_none_or(|end| *end <= out.len()),
+            "ends of parts"
+        );
+        let all = Chunks::new(out, 1);
+        self.run(ends.len(), &|i| {
+            let start = if i == 0 { 0 } else { ends[i - 1] };
+            // SAFETY: every item index is handed out once and parts do not overlap.
+            work(i, unsafe { all.range(start..ends[i]) });
+        });
     }
 
     /// As [`Pool::chunks`] over two slices split into the same number of chunks.
@@ -299,16 +320,34 @@ impl<T> Chunks<T> {
     unsafe fn get(&self, index: usize) -> &mut [T] {
         let from = index * self.chunk;
         assert!(from < self.len, "chunk index within the slice");
-        let len = self.chunk.min(self.len - from);
-        // SAFETY: `from + len` is within the slice, and by the contract no other reference to this
-        // chunk exists.
-        unsafe { std::slice::from_raw_parts_mut(self.start.add(from), len) }
+        // SAFETY: the caller's contract makes the chunks disjoint.
+        unsafe { self.range(from..self.len.min(from + self.chunk)) }
+    }
+
+    /// # Safety
+    /// No two ranges that are alive together overlap.
+    #[expect(clippy::mut_from_ref, reason = "the contract makes the ranges disjoint")]
+    unsafe fn range(&self, range: Range<usize>) -> &mut [T] {
+        assert!(range.start <= range.end && range.end <= self.len, "range within the slice");
+        // SAFETY: the range is within the slice, and by the contract no other reference to it exists.
+        unsafe { std::slice::from_raw_parts_mut(self.start.add(range.start), range.len()) }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn parts_are_disjoint_and_in_order() {
+        for threads in [1, 3] {
+            let pool = Pool::new(threads);
+            let mut out = vec![9; 12];
+            pool.parts(&mut out, &[3, 3, 4, 10], |i, part| part.fill(i));
+            assert_eq!(out, [0, 0, 0, 2, 3, 3, 3, 3, 3, 3, 9, 9]);
+            pool.parts(&mut out, &[], |_, _| unreachable!("no parts"));
+        }
+    }
 
     #[test]
     fn every_item_is_done_exactly_once_in_every_region() {

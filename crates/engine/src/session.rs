@@ -259,7 +259,7 @@ impl Session {
             }
             _ => unreachable!("memories are made from the same layer list as the weights"),
         };
-        compute.isa.add(y, &mut s.h);
+        compute.add(y, shape.hidden, &mut s.h);
         self.timing.add(stage, started, bytes);
         self.tap("mixer", Some(layer), |s| &s.y);
     }
@@ -305,7 +305,7 @@ impl Session {
                 self.previous[layer].extend_from_slice(&s.routes.experts[last..]);
             }
         }
-        compute.isa.add(y, &mut s.h);
+        compute.add(y, shape.hidden, &mut s.h);
         self.tap_routes(engine, layer);
         self.tap("moe", Some(layer), |s| &s.y);
         Ok(())

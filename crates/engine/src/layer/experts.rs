@@ -3,34 +3,46 @@
 //! One token: all reads are issued at once, the shared expert is computed while they are under way,
 //! and what is ready is computed together, hits first. The outputs are kept apart and summed in the
 //! router's order, so that the order in which records land never changes a result. A chunk: tokens
-//! are sorted by expert and every expert is read once and multiplied by all of its tokens, experts
-//! ascending, which fixes the order of the sums.
+//! are sorted by expert and every expert is read once and multiplied by all of its tokens; those that
+//! have landed by then form a wave and are computed together. Experts ascend, which fixes the order
+//! of the sums.
 
+use std::ops::Range;
 use std::time::Instant;
 
-use flash_moe_kernels::{Rows, TILE_ROWS};
+use flash_moe_kernels::{Isa, Rows, TILE_ROWS};
 
-use crate::compute::{Activations, Compute, Temporary, gate_up_rows, item_rows, sized};
+use crate::compute::{
+    Activations, Compute, Temporary, gate_up_rows, gate_up_tile, item_rows, join, multiply_floats,
+    sized, tiled, with_scratch,
+};
 use crate::container::RecordLayout;
 use crate::error::Result;
 use crate::layer::router::Routes;
 use crate::shape::{ExpertId, LayerId, Moe};
-use crate::store::{ExpertStore, Landed, Purpose, Record};
+use crate::store::{ExpertStore, Fetch, Landed, Purpose, Record};
 use crate::timing::{Stage, Timing};
 use crate::weights::{GatedBlock, MoeWeights};
+
+/// Pairs of a token and an expert that a wave may hold however short the chunk is.
+const WAVE_PAIRS: usize = 64;
+/// Tokens whose outputs are added up as one work item.
+const ADDED_TOKENS: usize = 16;
 
 /// Buffers of the feed-forward.
 #[derive(Default)]
 pub struct ExpertScratch {
-    gathered: Vec<f32>, // [tokens of an expert][hidden], where activations stay f32
-    whole: [Activations; 2], // the chunk in the forms for gate and, where it differs, for up
-    picked: [Activations; 2], // those of an expert's tokens
-    tiles: Vec<f32>,    // [tiles][tokens of an expert][TILE_ROWS]
-    active: Vec<f32>,   // [tokens or experts][width]
-    outputs: Vec<f32>,  // [experts or tokens][hidden]
-    middle: Activations, // of the ready experts, `[experts][width]`
-    gates: Vec<f32>,    // [tokens], of the shared expert
-    landed_at: Vec<usize>, // [top_k], place in `outputs` of each rank's expert
+    gathered: Vec<f32>,       // [pairs of a wave][hidden], where activations stay f32
+    whole: [Activations; 2],  // the chunk in the forms for gate and, where it differs, for up
+    picked: [Activations; 2], // those of a wave's tokens
+    tokens: Vec<u32>,         // of a wave's pairs
+    tiles: Vec<f32>,          // of a wave, [expert][tile][tokens of the expert][TILE_ROWS]
+    ends: Vec<usize>,         // of the parts of a buffer
+    active: Vec<f32>,         // [pairs or experts][width]
+    outputs: Vec<f32>,        // [experts][hidden], or of a wave as `tiles`
+    middle: Activations,      // of the ready experts, `[experts][width]`
+    gates: Vec<f32>,          // [tokens], of the shared expert
+    landed_at: Vec<usize>,    // [top_k], place in `outputs` of each rank's expert
     by_expert: Vec<Pair>,
     counts: Vec<usize>, // tokens of each expert of the chunk, most first
 }
@@ -62,11 +74,12 @@ impl ExpertScratch {
         width: usize,
         (tokens, top_k): (usize, usize),
     ) -> usize {
-        let rows = tokens.max(top_k);
-        let middle = Activations::floats(top_k * moe.width);
-        let forms = 4 * Activations::floats(tokens * hidden);
-        let tiles = tokens * width.next_multiple_of(TILE_ROWS);
-        rows * (2 * hidden + width) + middle + forms + tiles + 4 * tokens * top_k
+        let pairs = tokens.max(top_k).max(WAVE_PAIRS.min(tokens * top_k));
+        let middle = Activations::floats(pairs * moe.width);
+        let forms =
+            2 * Activations::floats(tokens * hidden) + 2 * Activations::floats(pairs * hidden);
+        let rows = pairs * (hidden + tiled(hidden) + width + tiled(width));
+        rows + middle + forms + 5 * tokens * top_k
     }
 }
 
@@ -238,7 +251,8 @@ fn chunk(
     timing: &mut Timing,
     out: &mut [f32],
 ) -> Result<()> {
-    sort_by_expert(input.routes, out.len() / input.layout.gate.cols, scratch);
+    let hidden = input.layout.gate.cols;
+    sort_by_expert(input.routes, out.len() / hidden, scratch);
     let hot = scratch.hot_from(input.store.slots_per_layer());
     let counts = scratch.by_expert.chunk_by(|a, b| a.expert == b.expert);
     let mut fetch = input.store.sweep(
@@ -255,16 +269,180 @@ fn chunk(
     let differ = compute.prepare_forms(formats, input.x, scratch.whole.each_mut());
     timing.add(Stage::Experts, started, 0);
     let by_expert = std::mem::take(&mut scratch.by_expert);
-    for pairs in by_expert.chunk_by(|a, b| a.expert == b.expert) {
+    let most = Most {
+        pairs: (input.x.len() / hidden).max(WAVE_PAIRS),
+        // The others of the pool are for the reads that follow.
+        records: (input.store.slots() / 8).max(1),
+    };
+    let mut rest = &by_expert[..];
+    while !rest.is_empty() {
         let started = Instant::now();
-        let record = fetch.next_in_order()?.expect("one record for each distinct expert");
+        let wave = Wave::collect(&mut fetch, rest, most)?;
+        rest = &rest[wave.pairs.len()..];
         timing.add(Stage::Fetch, started, 0);
         let started = Instant::now();
-        one_expert(compute, input, (&record, pairs, differ), scratch, tmp, out);
-        timing.add(Stage::Experts, started, input.layout.record_bytes());
+        compute_wave(compute, input, (&wave, differ), scratch, out);
+        let bytes = wave.records.len() * input.layout.record_bytes();
+        timing.add(Stage::Experts, started, bytes);
     }
     scratch.by_expert = by_expert;
     Ok(())
+}
+
+/// Records that are computed together, and the tokens of each.
+struct Wave<'s, 'p> {
+    records: Vec<Record<'s>>,
+    ends: Vec<usize>, // of each record's pairs
+    pairs: &'p [Pair],
+}
+
+/// What a wave holds at most, its first record apart.
+#[derive(Clone, Copy)]
+struct Most {
+    pairs: usize,
+    records: usize,
+}
+
+impl<'s, 'p> Wave<'s, 'p> {
+    /// The next record, waited for, and those after it that are ready by now.
+    fn collect(fetch: &mut Fetch<'s>, pairs: &'p [Pair], most: Most) -> Result<Self> {
+        let first = fetch.next_in_order()?.expect("one record for each distinct expert");
+        let mut wave = Self { records: vec![first], ends: Vec::new(), pairs: &[] };
+        for group in pairs.chunk_by(|a, b| a.expert == b.expert) {
+            let end = wave.pairs.len() + group.len();
+            if !wave.ends.is_empty() {
+                if end > most.pairs || wave.records.len() == most.records {
+                    break;
+                }
+                let Some(record) = fetch.next_if_ready()? else { break };
+                wave.records.push(record);
+            }
+            wave.ends.push(end);
+            wave.pairs = &pairs[..end];
+        }
+        Ok(wave)
+    }
+
+    /// Pairs of a record.
+    fn range(&self, record: usize) -> Range<usize> {
+        let start = if record == 0 { 0 } else { self.ends[record - 1] };
+        start..self.ends[record]
+    }
+
+    /// Ends of every record's tiles, `[record][tile][tokens][TILE_ROWS]`.
+    fn tile_ends(&self, tiles: usize, ends: &mut Vec<usize>) {
+        ends.clear();
+        for record in 0..self.records.len() {
+            let range = self.range(record);
+            let start = range.start * tiles * TILE_ROWS;
+            ends.extend((1..=tiles).map(|tile| start + tile * range.len() * TILE_ROWS));
+        }
+    }
+}
+
+/// Adds the weighted outputs of a wave's experts to their tokens, experts ascending. Each step is
+/// one parallel region over all experts. The chunk has been prepared; `differ` says whether gate
+/// and up want different forms.
+fn compute_wave(
+    compute: &Compute,
+    input: &MoeInput,
+    (wave, differ): (&Wave, bool),
+    scratch: &mut ExpertScratch,
+    out: &mut [f32],
+) {
+    let (layout, isa) = (input.layout, compute.isa);
+    let (hidden, width, count) = (layout.gate.cols, layout.gate.rows, wave.pairs.len());
+    pick(compute, input, (wave, differ), scratch);
+
+    let ExpertScratch { gathered, picked, tiles, ends, active, outputs, middle, .. } = scratch;
+    let other = &picked[usize::from(differ)];
+    let tiles_each = tiled(width) / TILE_ROWS;
+    let made = sized(tiles, tiled(width) * count);
+    wave.tile_ends(tiles_each, ends);
+    compute.pool.parts(made, ends, |i, y| {
+        let (record, range) = (&wave.records[i / tiles_each], wave.range(i / tiles_each));
+        let x = if gathered.is_empty() {
+            &[]
+        } else {
+            &gathered[range.start * hidden..range.end * hidden]
+        };
+        let forms = (picked[0].range(x, range.clone(), count), other.range(x, range, count));
+        let w = (&layout.gate.rows(record), &layout.up.rows(record));
+        gate_up_tile(isa, w, i % tiles_each, forms, y);
+    });
+    let active = sized(active, count * width);
+    ends.clear();
+    ends.extend(wave.ends.iter().map(|end| end * width));
+    compute.pool.parts(active, ends, |i, out| {
+        let range = wave.range(i);
+        let made = &made[range.start * tiled(width)..range.end * tiled(width)];
+        join(made, range.len(), 0, width, out);
+    });
+
+    compute.prepare(compute.arithmetic, layout.down.precision.format(), active, middle);
+    let tiles_each = tiled(hidden) / TILE_ROWS;
+    let outputs = sized(outputs, tiled(hidden) * count);
+    wave.tile_ends(tiles_each, ends);
+    compute.pool.parts(outputs, ends, |i, y| {
+        let (record, range) = (&wave.records[i / tiles_each], wave.range(i / tiles_each));
+        let floats = multiply_floats(width, range.len());
+        let x = middle.range(&active[range.start * width..range.end * width], range, count);
+        let down = layout.down.rows(record);
+        with_scratch(floats, |scratch| {
+            x.multiply(isa, &down, i % tiles_each * TILE_ROWS, y, scratch);
+        });
+    });
+    compute.pool.chunks(out, ADDED_TOKENS * hidden, |i, out| {
+        add_outputs(isa, wave, (outputs, hidden), i * ADDED_TOKENS, out);
+    });
+}
+
+/// The wave's tokens in the forms for gate and up, one after the other.
+fn pick(
+    compute: &Compute,
+    input: &MoeInput,
+    (wave, differ): (&Wave, bool),
+    scratch: &mut ExpertScratch,
+) {
+    let hidden = input.layout.gate.cols;
+    scratch.tokens.clear();
+    scratch.tokens.extend(wave.pairs.iter().map(|pair| pair.token));
+    scratch.gathered.clear();
+    if scratch.whole[0].is_exact() {
+        for token in &scratch.tokens {
+            scratch.gathered.extend_from_slice(&input.x[*token as usize * hidden..][..hidden]);
+        }
+    }
+    let forms = scratch.whole.iter().zip(&mut scratch.picked).take(1 + usize::from(differ));
+    for (whole, picked) in forms {
+        compute.gather(whole, input.x.len() / hidden, &scratch.tokens, picked);
+    }
+}
+
+/// Adds the wave's outputs, `[record][tile][tokens][TILE_ROWS]`, to the tokens from `first` on:
+/// `out [..][hidden]`.
+fn add_outputs(
+    isa: Isa,
+    wave: &Wave,
+    (outputs, hidden): (&[f32], usize),
+    first: usize,
+    out: &mut [f32],
+) {
+    let tokens = first..first + out.len() / hidden;
+    for record in 0..wave.records.len() {
+        let range = wave.range(record);
+        let outputs = &outputs[range.start * tiled(hidden)..];
+        for (place, pair) in wave.pairs[range.clone()].iter().enumerate() {
+            if !tokens.contains(&(pair.token as usize)) {
+                continue;
+            }
+            let out = &mut out[(pair.token as usize - first) * hidden..][..hidden];
+            for (tile, out) in out.chunks_mut(TILE_ROWS).enumerate() {
+                let from = (tile * range.len() + place) * TILE_ROWS;
+                isa.axpy(pair.weight, &outputs[from..][..out.len()], out);
+            }
+        }
+    }
 }
 
 /// Fills `by_expert`, experts ascending, then tokens.
@@ -275,44 +453,6 @@ fn sort_by_expert(routes: &Routes, tokens: usize, scratch: &mut ExpertScratch) {
         scratch.by_expert.push(Pair { expert, token: (i / top_k) as u32, weight });
     }
     scratch.by_expert.sort_unstable_by_key(|pair| (pair.expert, pair.token));
-}
-
-/// Adds one expert's weighted output to each of its tokens. The chunk has been prepared; `differ`
-/// says whether gate and up want different forms.
-fn one_expert(
-    compute: &Compute,
-    input: &MoeInput,
-    (record, pairs, differ): (&[u8], &[Pair], bool),
-    scratch: &mut ExpertScratch,
-    tmp: &mut Temporary,
-    out: &mut [f32],
-) {
-    let layout = input.layout;
-    let (hidden, width, tokens) = (layout.gate.cols, layout.gate.rows, pairs.len());
-    let chosen = pairs.iter().map(|pair| pair.token as usize);
-    scratch.gathered.clear();
-    if scratch.whole[0].is_exact() {
-        for token in chosen.clone() {
-            scratch.gathered.extend_from_slice(&input.x[token * hidden..][..hidden]);
-        }
-    }
-    for (picked, whole) in
-        scratch.picked.iter_mut().zip(&scratch.whole).take(1 + usize::from(differ))
-    {
-        picked.gather(whole, input.x.len() / hidden, chosen.clone());
-    }
-    let other = &scratch.picked[usize::from(differ)];
-    let x = &scratch.gathered[..];
-    let forms = (scratch.picked[0].part(x, 0, 1), other.part(x, 0, 1));
-    let active = sized(&mut scratch.active, tokens * width);
-    let w = (&layout.gate.rows(record), &layout.up.rows(record));
-    compute.gate_up_prepared(w, forms, tokens, (&mut scratch.tiles, active));
-    let outputs = sized(&mut scratch.outputs, tokens * hidden);
-    compute.project(&layout.down.rows(record), active, outputs, tmp);
-    for (pair, output) in pairs.iter().zip(outputs.chunks_exact(hidden)) {
-        let out = &mut out[pair.token as usize * hidden..][..hidden];
-        compute.isa.axpy(pair.weight, output, out);
-    }
 }
 
 #[cfg(test)]

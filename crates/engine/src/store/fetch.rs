@@ -98,7 +98,7 @@ impl<'s> Fetch<'s> {
         Ok(())
     }
 
-    /// The next record in the order asked for; `None` after the last.
+    /// The next record in the order asked for, waiting for it; `None` after the last.
     ///
     /// # Errors
     /// Its read failed.
@@ -115,6 +115,19 @@ impl<'s> Fetch<'s> {
             }
             pool = self.wait(pool);
         }
+    }
+
+    /// The next record in the order asked for if it is ready now.
+    ///
+    /// # Errors
+    /// Its read failed.
+    pub fn next_if_ready(&mut self) -> Result<Option<Record<'s>>> {
+        let mut pool = self.store.inner.lock();
+        if self.first == self.wants.len() {
+            return Ok(None);
+        }
+        self.ask(&mut pool);
+        self.take(&mut pool, self.first)
     }
 
     /// Asks for as many wants, in order, as slots can be had.

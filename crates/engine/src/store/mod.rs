@@ -217,6 +217,11 @@ impl ExpertStore {
         }
     }
 
+    /// Records that the pool holds at most.
+    pub fn slots(&self) -> usize {
+        self.inner.lock().slots.count()
+    }
+
     /// Slots that each layer would have if they were shared evenly.
     pub fn slots_per_layer(&self) -> usize {
         let layers = self.inner.files.len().max(1);
