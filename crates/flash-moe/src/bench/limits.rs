@@ -9,9 +9,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
+use flash_moe_engine::Arithmetic;
 use flash_moe_engine::pool::Pool;
 use flash_moe_engine::store::measure::{ReadRate, RecordFiles};
-use flash_moe_kernels::Isa;
+use flash_moe_kernels::{
+    Fixed, FixedLayout, FixedMut, Format, Isa, Rows, ScaleType, TILE_BYTES, TILE_ROWS, TileMut,
+};
 use serde::Serialize;
 
 use super::prompt::Random;
@@ -59,13 +62,15 @@ pub struct MemoryRate {
     pub bytes_per_second_median: f64,
 }
 
-/// Products of the `dots` kernel on data in the cache.
+/// Products of a tile of 4-bit weights and many vectors, as prefill forms them, on data in the cache.
 #[derive(Clone, Debug, Serialize)]
-pub struct DotsRate {
+pub struct GemmRate {
     /// Threads that computed.
     pub threads: usize,
     /// Instruction set.
     pub isa: &'static str,
+    /// Numbers of the activations.
+    pub activations: &'static str,
     /// Of the fastest pass; a multiplication and an addition are two.
     pub flops_per_second: f64,
 }
@@ -110,44 +115,98 @@ fn sum(words: &[u64]) -> u64 {
     words.iter().fold(0, |sum, &word| sum.wrapping_add(word))
 }
 
-/// Multiplies vectors that stay in the first-level cache.
+/// Multiplies a tile by vectors, again and again: the most that this engine gets out of the cores.
 ///
 /// # Errors
-/// A product that differs from the specification's.
-pub fn cached_products(pool: &Pool, isa: Isa, effort: Effort) -> Result<DotsRate> {
-    const COLS: usize = 512;
-    const VECTORS: usize = 8;
-    const ROUNDS: usize = 4000;
-    let value = |i: usize| ((i * 37 % 101) as f32 - 50.0) / 64.0;
-    let row: Vec<f32> = (0..COLS).map(value).collect();
-    let vectors: Vec<f32> = (COLS..COLS * (VECTORS + 1)).map(value).collect();
-    let products = |isa: Isa| {
-        let mut out = [0.0; VECTORS];
-        isa.dots(&row, &vectors, &mut out);
-        out
-    };
-    for (ours, theirs) in products(isa).into_iter().zip(products(Isa::scalar())) {
+/// A product that differs from the scalar kernel's.
+pub fn gemm(pool: &Pool, isa: Isa, arithmetic: Arithmetic, effort: Effort) -> Result<GemmRate> {
+    let tile = Tile::new();
+    let ours = tile.product(isa, arithmetic, CHECKED_VECTORS, 1);
+    let theirs = tile.product(Isa::scalar(), arithmetic, CHECKED_VECTORS, 1);
+    for (i, (ours, theirs)) in ours.into_iter().zip(theirs).enumerate() {
         ensure!(
-            (ours - theirs).abs() < 1e-3,
-            "dots on {}: {ours}, the scalar kernel says {theirs}",
+            (ours - theirs).abs() < 1e-2,
+            "product {i} on {}: {ours}, the scalar kernel says {theirs}",
             isa.name()
         );
     }
-    let items = 4 * pool.threads();
-    let flops = (2 * COLS * VECTORS * ROUNDS * items) as f64;
+    let flops = (2 * TILE_ROWS * TILE_COLS * VECTORS * ROUNDS * pool.threads()) as f64;
     let mut best = 0.0f64;
     let begun = Instant::now();
     while best == 0.0 || begun.elapsed() < effort.each {
         let started = Instant::now();
-        pool.run(items, &|_| {
-            let mut out = [0.0; VECTORS];
-            for _ in 0..ROUNDS {
-                isa.dots(black_box(&row), black_box(&vectors), black_box(&mut out));
-            }
+        pool.run(pool.threads(), &|_| {
+            black_box(tile.product(isa, arithmetic, VECTORS, ROUNDS));
         });
         best = best.max(flops / started.elapsed().as_secs_f64());
     }
-    Ok(DotsRate { threads: pool.threads(), isa: isa.name(), flops_per_second: best })
+    Ok(GemmRate {
+        threads: pool.threads(),
+        isa: isa.name(),
+        activations: arithmetic.name(),
+        flops_per_second: best,
+    })
+}
+
+/// Columns of the tile that is multiplied.
+const TILE_COLS: usize = 512;
+/// Vectors it is multiplied by: with them everything stays in the second-level cache.
+const VECTORS: usize = 192;
+/// Vectors for which the answer is checked.
+const CHECKED_VECTORS: usize = 5;
+/// Products in one timed pass of a thread.
+const ROUNDS: usize = 64;
+
+/// A tile of 4-bit weights.
+struct Tile {
+    format: Format,
+    bytes: Vec<u8>,
+}
+
+impl Tile {
+    fn new() -> Self {
+        let format = Format::Affine { bits: 4, group: 64, scales: ScaleType::F32 };
+        let mut bytes = Vec::new();
+        let codes = (0..TILE_ROWS * TILE_COLS / 2).map(|i| (i * 37 % 251) as u8);
+        bytes.extend(codes);
+        let groups = TILE_ROWS * TILE_COLS / 64;
+        bytes.extend((0..groups).flat_map(|i| (0.01 + (i % 7) as f32 / 1000.0).to_le_bytes()));
+        bytes.extend((0..groups).flat_map(|i| ((i % 5) as f32 / -50.0).to_le_bytes()));
+        Self { format, bytes }
+    }
+
+    /// The products with so many vectors, `[vectors][TILE_ROWS]`, formed `rounds` times.
+    fn product(&self, isa: Isa, arithmetic: Arithmetic, vectors: usize, rounds: usize) -> Vec<f32> {
+        let (codes, factors) = self.bytes.split_at(TILE_ROWS * TILE_COLS / 2);
+        let (scales, biases) = factors.split_at(factors.len() / 2);
+        let w = Rows::new(self.format, TILE_ROWS, TILE_COLS, codes, scales, biases)
+            .expect("a tile of whole groups");
+        let x: Vec<f32> =
+            (0..vectors * TILE_COLS).map(|i| ((i * 29 % 83) as f32 - 41.0) / 32.0).collect();
+        let mut y = vec![0.0; TILE_ROWS * vectors];
+        let Some(layout) = FixedLayout::of(self.format).filter(|_| arithmetic != Arithmetic::Exact)
+        else {
+            let mut scratch = vec![0.0; 16 * TILE_COLS];
+            for _ in 0..rounds {
+                isa.mat_mul(&w, 0, black_box(&x), black_box(&mut y), &mut scratch);
+            }
+            return y;
+        };
+        let mut hi = vec![0; x.len()];
+        let mut lo = vec![0; if arithmetic == Arithmetic::Fixed16 { x.len() } else { 0 }];
+        let mut scales = vec![0.0; x.len() / layout.scale_group()];
+        let mut sums = vec![0.0; x.len() / layout.sum_group()];
+        let (hi, lo, scales, sums) = (&mut hi[..], &mut lo[..], &mut scales[..], &mut sums[..]);
+        isa.fix(layout, &x, &mut FixedMut { hi, lo, scales, sums });
+        let xs = Fixed { layout, hi, lo, scales, sums };
+        let (mut codes, mut factors) =
+            (vec![0; TILE_BYTES], vec![0.0; 2 * TILE_ROWS * TILE_COLS / 64]);
+        let mut tile = TileMut { codes: &mut codes, factors: &mut factors };
+        for _ in 0..rounds {
+            isa.mat_mul_fixed(&w, 0, black_box(&xs), black_box(&mut y), &mut tile);
+        }
+        y
+    }
 }
 
 /// The disk that holds the records, read in random order.
@@ -219,7 +278,11 @@ mod tests {
         assert_eq!((memory.threads, memory.bytes), (2, 4 << 20));
         assert!(memory.bytes_per_second >= memory.bytes_per_second_median);
         for isa in Isa::available() {
-            assert!(cached_products(&pool, isa, Effort::new(true)).unwrap().flops_per_second > 0.0);
+            for arithmetic in [Arithmetic::Exact, Arithmetic::Fixed16, Arithmetic::Fast8] {
+                let rate = gemm(&pool, isa, arithmetic, Effort::new(true)).unwrap();
+                assert!(rate.flops_per_second > 0.0);
+                assert_eq!((rate.threads, rate.activations), (2, arithmetic.name()));
+            }
         }
     }
 

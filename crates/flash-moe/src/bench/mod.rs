@@ -65,11 +65,11 @@ fn measure(args: &BenchArgs) -> Result<Report> {
 
     let pool = Pool::new(options.threads);
     let memory = limits::memory(&pool, budget.limit, effort)?;
-    let dots = limits::cached_products(&pool, options.isa, effort)?;
+    let gemm = limits::gemm(&pool, options.isa, options.arithmetic, effort)?;
     drop(pool);
     let rates = disk.sweep(effort)?;
     let depth = Limits::best_disk(&rates).map_or(1, |(_, depth)| depth);
-    let limits = Limits::new(memory, dots, &rates, disk.is_direct());
+    let limits = Limits::new(memory, gemm, &rates, disk.is_direct());
 
     let started = Instant::now();
     let engine = Arc::new(Engine::open(model.container, &options)?);

@@ -9,7 +9,7 @@ use flash_moe_engine::timing::Stage;
 use serde::Serialize;
 
 use super::check::Check;
-use super::limits::{DotsRate, MemoryRate, fastest};
+use super::limits::{GemmRate, MemoryRate, fastest};
 use super::walk::{Phase, PoolState, Run};
 use super::work::Work;
 use crate::read_ahead::ReadAhead;
@@ -94,8 +94,8 @@ pub struct Model {
 pub struct Limits {
     /// Reading memory.
     pub memory: MemoryRate,
-    /// The `dots` kernel on data in the cache.
-    pub dots: DotsRate,
+    /// Products of a tile on data in the cache.
+    pub gemm: GemmRate,
     /// Reading records.
     pub disk: Vec<DiskRate>,
     /// Whether those reads went past the page cache.
@@ -184,7 +184,7 @@ pub struct StageReport {
     pub bytes: u64,
     /// Floating-point operations.
     pub operations: f64,
-    /// `memory`, `dots` or `disk`; none for what has no limit.
+    /// `memory`, `gemm` or `disk`; none for what has no limit.
     pub limit: Option<&'static str>,
     /// Time at that limit.
     pub limit_seconds: Option<f64>,
@@ -201,8 +201,8 @@ impl From<&ReadRate> for DiskRate {
 
 impl Limits {
     /// From the measurements.
-    pub fn new(memory: MemoryRate, dots: DotsRate, disk: &[ReadRate], disk_direct: bool) -> Self {
-        Self { memory, dots, disk: disk.iter().map(DiskRate::from).collect(), disk_direct }
+    pub fn new(memory: MemoryRate, gemm: GemmRate, disk: &[ReadRate], disk_direct: bool) -> Self {
+        Self { memory, gemm, disk: disk.iter().map(DiskRate::from).collect(), disk_direct }
     }
 
     /// The disk's best figure over the depths, in bytes a second, and its depth.
@@ -278,11 +278,11 @@ fn stage_report(run: &Run, stage: Stage, work: &Work, limits: &Limits) -> StageR
     let operations = work.operations(stage, run.position, run.tokens, heads);
     let bytes = if stage == Stage::Fetch { run.reads.read_bytes } else { total.bytes };
     let memory = bytes as f64 / limits.memory.bytes_per_second;
-    let dots = operations / limits.dots.flops_per_second;
+    let gemm = operations / limits.gemm.flops_per_second;
     let bound = match (stage, run.phase) {
         (Stage::Fetch, _) => run.disk_rate.map(|rate| ("disk", bytes as f64 / rate)),
         _ if bytes == 0 => None,
-        (_, Phase::Prefill) if dots > memory => Some(("dots", dots)),
+        (_, Phase::Prefill) if gemm > memory => Some(("gemm", gemm)),
         _ => Some(("memory", memory)),
     };
     // Reads go on while other stages compute, so the disk's share is of the whole run.

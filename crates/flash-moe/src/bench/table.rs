@@ -108,12 +108,13 @@ pub fn limit_lines(limits: &Limits) -> String {
         ),
     );
     out += &line(
-        "dots",
+        "gemm",
         &format!(
-            "{:.1} GFLOP/s: the {} f32 dot kernel on data in the cache, {} threads",
-            limits.dots.flops_per_second / 1e9,
-            limits.dots.isa,
-            limits.dots.threads
+            "{:.1} GFLOP/s: {} products of 4-bit weights and {} activations in the cache, {} threads",
+            limits.gemm.flops_per_second / 1e9,
+            limits.gemm.isa,
+            limits.gemm.activations,
+            limits.gemm.threads
         ),
     );
     let depths: Vec<String> = limits

@@ -18,8 +18,11 @@ use crate::bench::machine_of;
 use crate::bench::report::Limits;
 use crate::options::bench::PlanArgs;
 use estimate::{Case, Estimate, Rates};
-use report::{Change, Memory, Report, Way};
+use report::{Change, Chunk, Memory, Report, Way};
 use subject::Subject;
+
+/// Chunks that are compared.
+const CHUNKS: [usize; 5] = [256, 512, 1024, 2048, 4096];
 
 /// Runs the command.
 ///
@@ -59,6 +62,7 @@ pub fn run(args: &PlanArgs) -> Result<()> {
         prompt,
         expected: case.estimate(rates),
         changes: changes(&case, rates),
+        chunks: chunks(&subject, &case, budget.context, rates)?,
     };
     match args.json {
         true => println!("{}", serde_json::to_string_pretty(&report)?),
@@ -71,12 +75,12 @@ fn measure(args: &PlanArgs, subject: &Subject, memory_limit: u64) -> Result<(Lim
     let effort = Effort::new(args.quick);
     let pool = Pool::new(subject.options.threads);
     let memory = limits::memory(&pool, memory_limit, effort)?;
-    let dots = limits::cached_products(&pool, subject.options.isa, effort)?;
+    let gemm = limits::gemm(&pool, subject.options.isa, subject.options.arithmetic, effort)?;
     let (mut disk, _scratch) = subject.disk(args)?;
     let sweep = disk.sweep(effort)?;
     let best = Limits::best_disk(&sweep).map_or(f64::INFINITY, |(rate, _)| rate);
-    let rates = Rates { memory: memory.bytes_per_second, dots: dots.flops_per_second, disk: best };
-    Ok((Limits::new(memory, dots, &sweep, disk.is_direct()), rates))
+    let rates = Rates { memory: memory.bytes_per_second, gemm: gemm.flops_per_second, disk: best };
+    Ok((Limits::new(memory, gemm, &sweep, disk.is_direct()), rates))
 }
 
 /// Limits and contexts that would run, where the one asked for does not.
@@ -101,6 +105,27 @@ fn ways_to_fit(subject: &Subject, budget: &Budget) -> Result<Vec<Way>> {
     Ok(ways)
 }
 
+/// Prefill of a prompt that fills the context, with every chunk that the limit allows. A larger chunk
+/// reads each expert less often and multiplies it by more tokens, and takes memory from the pool.
+fn chunks(subject: &Subject, case: &Case, context: usize, rates: Rates) -> Result<Vec<Chunk>> {
+    let mut out = Vec::new();
+    for chunk in CHUNKS.into_iter().filter(|chunk| *chunk <= context) {
+        let options = Options {
+            prefill_chunk: chunk,
+            memory_bytes: Some(case.limit_bytes),
+            context: Some(context),
+            ..subject.options.clone()
+        };
+        let budget = Budget::sized(&subject.demand(), &options)?;
+        if budget.fits() {
+            let fixed_bytes = budget.fixed_bytes();
+            let case = Case { fixed_bytes, chunk, prompt: context, ..case.clone() };
+            out.push(Chunk { chunk, fixed_bytes, prefill: case.estimate(rates).prefill });
+        }
+    }
+    Ok(out)
+}
+
 /// The estimate again with twice of each thing that money buys.
 fn changes(case: &Case, rates: Rates) -> Vec<Change> {
     let now = case.estimate(rates);
@@ -111,7 +136,7 @@ fn changes(case: &Case, rates: Rates) -> Vec<Change> {
         expected,
     };
     let roomier = Case { limit_bytes: case.limit_bytes.saturating_mul(2), ..case.clone() };
-    let threads = Rates { memory: 2.0 * rates.memory, dots: 2.0 * rates.dots, ..rates };
+    let threads = Rates { memory: 2.0 * rates.memory, gemm: 2.0 * rates.gemm, ..rates };
     vec![
         change("memory", roomier.estimate(rates)),
         change("disk", case.estimate(Rates { disk: 2.0 * rates.disk, ..rates })),
@@ -136,7 +161,7 @@ mod tests {
 
     #[test]
     fn a_model_in_memory_gains_from_threads_alone() {
-        let rates = Rates { memory: 20e9, dots: 100e9, disk: 1e9 };
+        let rates = Rates { memory: 20e9, gemm: 100e9, disk: 1e9 };
         let list = changes(&case(64 << 30), rates);
         let factors: Vec<(&str, f64)> = list.iter().map(|c| (c.what, c.decode_factor)).collect();
         assert_eq!(factors, [("memory", 1.0), ("disk", 1.0), ("threads", 2.0)]);
@@ -145,7 +170,7 @@ mod tests {
 
     #[test]
     fn a_model_on_a_slow_disk_gains_from_the_disk_and_not_from_threads() {
-        let rates = Rates { memory: 20e9, dots: 100e9, disk: 1e7 };
+        let rates = Rates { memory: 20e9, gemm: 100e9, disk: 1e7 };
         let list = changes(&case(3 << 30), rates);
         assert!(list[1].decode_factor > 1.95, "{list:?}");
         assert!(list[2].decode_factor < 1.05, "{list:?}");

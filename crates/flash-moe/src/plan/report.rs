@@ -41,6 +41,8 @@ pub struct Report {
     pub expected: Estimate,
     /// The same with twice of one thing.
     pub changes: Vec<Change>,
+    /// Prefill of a prompt that fills the context, by chunk; the smallest first.
+    pub chunks: Vec<Chunk>,
 }
 
 /// The memory plan.
@@ -95,6 +97,17 @@ pub struct Change {
     pub expected: Estimate,
 }
 
+/// Prefill with a chunk of so many tokens.
+#[derive(Debug, Serialize)]
+pub struct Chunk {
+    /// Prompt tokens computed together.
+    pub chunk: usize,
+    /// Everything but the pool.
+    pub fixed_bytes: u64,
+    /// Prompt tokens a second.
+    pub prefill: Range,
+}
+
 impl Memory {
     /// From the engine's own plan.
     pub fn new(budget: &Budget) -> Self {
@@ -132,7 +145,21 @@ impl Report {
         out += &limit_lines(&self.limits);
         out += &self.memory_table();
         out += &self.expectations();
-        out + &self.change_table()
+        out += &self.change_table();
+        out + &self.chunk_line()
+    }
+
+    fn chunk_line(&self) -> String {
+        let Some(best) = best_chunk(&self.chunks) else { return String::new() };
+        let Range { low, high } = best.prefill;
+        let text = format!(
+            "--prefill-chunk {} for a prompt of {} tokens: {low:.2}-{high:.2} tok/s, buffers and cache \
+             {}. The default is 512 on every machine, because sums over another chunk round otherwise.",
+            best.chunk,
+            self.context,
+            gib(best.fixed_bytes)
+        );
+        line("chunk", &text)
     }
 
     fn memory_table(&self) -> String {
@@ -221,8 +248,31 @@ impl Report {
     }
 }
 
+/// The smallest chunk that no other beats by more than a twentieth.
+fn best_chunk(chunks: &[Chunk]) -> Option<&Chunk> {
+    let most = chunks.iter().map(|c| c.prefill.middle()).fold(0.0, f64::max);
+    chunks.iter().find(|c| c.prefill.middle() * 1.05 >= most)
+}
+
 /// What gains most, or that nothing does.
 fn best(changes: &[Change], factor: impl Fn(&Change) -> f64) -> &'static str {
     let most = changes.iter().max_by(|a, b| factor(a).total_cmp(&factor(b)));
     most.filter(|c| factor(c) > 1.05).map_or("nothing", |c| c.what)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_chunk_named_is_the_smallest_that_none_beats() {
+        let chunk =
+            |chunk, low, high| Chunk { chunk, fixed_bytes: 0, prefill: Range { low, high } };
+        let mut list =
+            vec![chunk(512, 10.0, 20.0), chunk(1024, 18.0, 30.0), chunk(2048, 18.5, 31.0)];
+        assert_eq!(best_chunk(&list).unwrap().chunk, 1024);
+        list.push(chunk(4096, 30.0, 60.0));
+        assert_eq!(best_chunk(&list).unwrap().chunk, 4096);
+        assert!(best_chunk(&[]).is_none());
+    }
 }
