@@ -6,6 +6,7 @@
 
 mod checkpoint;
 mod state_file;
+mod synthetic;
 
 use std::ops::ControlFlow;
 use std::sync::Arc;
@@ -58,10 +59,7 @@ impl Memory {
         let shape = engine.shape();
         let memory = |mix| match (mix, &shape.delta) {
             (Mix::DeltaNet, Some(d)) => Self::DeltaNet(DeltaState::new(d)),
-            _ => {
-                let a = &shape.attention;
-                Self::Attention(KvCache::zeroed(a.kv_heads, a.head_dim, positions))
-            }
+            _ => Self::Attention(KvCache::zeroed(engine.kv_shape(), positions)),
         };
         shape.layers.iter().map(|layer| memory(layer.mix)).collect()
     }
@@ -70,7 +68,7 @@ impl Memory {
     fn each_part<E>(&self, take: &mut dyn FnMut(&[u8]) -> Result<(), E>) -> Result<(), E> {
         match self {
             Self::Attention(cache) => {
-                cache.pages().iter().try_for_each(|page| take(bytemuck::cast_slice(page)))
+                cache.pages().try_for_each(|page| take(bytemuck::cast_slice(page)))
             }
             Self::DeltaNet(state) => {
                 take(bytemuck::cast_slice(&state.state))?;
@@ -94,11 +92,12 @@ impl Memory {
     }
 
     /// What a clone shares.
-    fn pages(&self) -> &[Arc<[Line]>] {
-        match self {
-            Self::Attention(cache) => cache.pages(),
-            Self::DeltaNet(_) => &[],
-        }
+    fn pages(&self) -> impl Iterator<Item = &Arc<[Line]>> {
+        let cache = match self {
+            Self::Attention(cache) => Some(cache),
+            Self::DeltaNet(_) => None,
+        };
+        cache.into_iter().flat_map(KvCache::pages)
     }
 
     /// Bytes that a clone has to itself.
@@ -316,12 +315,8 @@ impl Session {
             (MixWeights::Attention(w), Memory::Attention(cache)) => {
                 let input = AttentionInput { shape, weights: w, rotation: &s.rotation, x };
                 attention(compute, &input, cache, &mut s.attention, &mut s.tmp, y);
-                let cached =
-                    KvCache::bytes(shape.attention.kv_heads, shape.attention.head_dim, cache.len());
-                (
-                    Stage::Attention,
-                    w.q.bytes() + w.k.bytes() + w.v.bytes() + w.o.bytes() + cached as usize,
-                )
+                let weights = w.q.bytes() + w.k.bytes() + w.v.bytes() + w.o.bytes();
+                (Stage::Attention, weights + cache.bytes() as usize)
             }
             (MixWeights::DeltaNet(w), Memory::DeltaNet(state)) => {
                 let input = DeltaInput { shape, weights: w, x };

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use flash_moe_engine::budget::Budget;
 use flash_moe_engine::container::Container;
 use flash_moe_engine::engine::{Engine, Options};
+use flash_moe_engine::kv_cache::KvFormat;
 use flash_moe_engine::session::Session;
 use flash_moe_engine::shape::{ExpertId, LayerId, TokenId};
 use flash_moe_engine::store::{ExpertStore, IoMode, Landed, Reader, StoreOptions};
@@ -223,6 +224,7 @@ fn options() -> Options {
         memory_bytes: Some(512 << 20),
         context: Some(64),
         io: IoMode::Buffered,
+        kv_cache: KvFormat::F32,
         experts_per_token: None,
         prefill_chunk: 16,
         readers: 2,

@@ -2,16 +2,17 @@
 //!
 //! On the built-in model, around the borders of pages. Timelines that share pages must not see each
 //! other, a session that met an error must work again, and what a checkpoint is said to hold must be
-//! what it holds.
+//! what it holds. A file of a state gives the same state or an error, whatever its bytes.
 
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
-use flash_moe_engine::Arithmetic;
 use flash_moe_engine::container::Container;
 use flash_moe_engine::engine::{Engine, Options};
-use flash_moe_engine::session::{Checkpoint, Session};
+use flash_moe_engine::kv_cache::KvFormat;
+use flash_moe_engine::session::{Checkpoint, Session, StateReader};
 use flash_moe_engine::shape::TokenId;
+use flash_moe_engine::{Arithmetic, Result};
 use flash_moe_kernels::Isa;
 
 use crate::ledger;
@@ -75,6 +76,25 @@ fn after_a_restore_the_continuation_is_bit_identical() {
 }
 
 #[test]
+fn formats_with_codes_are_kept_and_restored_alike() {
+    for format in ["int8", "tq2", "k4v3"] {
+        let engine = engine(|options| options.kv_cache = format.parse().expect("a format"));
+        // The second page is coded at position 192: before the checkpoint, and after it.
+        for tokens in [150, 200] {
+            let mut session = at(&engine, tokens);
+            let checkpoint = kept(&session);
+            let file = file_of(&checkpoint);
+            let never_left = continued(&mut session, 5, 50);
+            session.restore(&checkpoint).expect("the same engine");
+            assert!(continued(&mut session, 5, 50) == never_left, "{format}, {tokens} tokens");
+            let from_file = read(&engine, &file).expect("what was written");
+            session.restore(&from_file).expect("the same engine");
+            assert!(continued(&mut session, 5, 50) == never_left, "{format}, {tokens} from a file");
+        }
+    }
+}
+
+#[test]
 fn timelines_from_one_checkpoint_do_not_disturb_each_other() {
     let engine = engine(|_| {});
     for tokens in [40, 64, 90] {
@@ -128,4 +148,70 @@ fn a_checkpoint_of_other_settings_or_beyond_the_context_is_refused() {
     refused(|options| options.arithmetic = Arithmetic::Exact, "--exact");
     refused(|options| options.experts_per_token = Some(2), "--experts-per-token 4");
     refused(|options| options.context = Some(29), "--context 30");
+    refused(|options| options.kv_cache = KvFormat::F16, "give --kv-cache f32");
+}
+
+fn file_of(checkpoint: &Checkpoint) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    checkpoint.write(&mut bytes).expect("memory takes what is written");
+    bytes
+}
+
+fn read(engine: &Engine, bytes: &[u8]) -> Result<Checkpoint> {
+    StateReader::new(bytes)?.read(engine)
+}
+
+#[test]
+fn a_state_from_a_file_continues_bit_for_bit() {
+    let engine = engine(|_| {});
+    for tokens in [1, 64, 100] {
+        let mut session = at(&engine, tokens);
+        let file = file_of(&kept(&session));
+        let never_left = continued(&mut session, 5, 70);
+        let checkpoint = read(&engine, &file).expect("what was written");
+        assert_eq!(file_of(&checkpoint), file, "{tokens} tokens");
+        assert_eq!(checkpoint.tokens(), prompt(tokens));
+        session.restore(&checkpoint).expect("the same engine");
+        assert!(continued(&mut session, 5, 70) == never_left, "{tokens} tokens");
+    }
+}
+
+#[test]
+fn every_flipped_or_missing_byte_of_a_file_is_an_error_that_says_what_to_do() {
+    let engine = engine(|_| {});
+    let whole = file_of(&kept(&at(&engine, 66)));
+    let refused = |bytes: &[u8], what: &str| {
+        let error = read(&engine, bytes).err().unwrap_or_else(|| panic!("{what} was taken"));
+        let error = error.to_string();
+        assert!(error.starts_with("state: "), "{what}: {error}");
+        error
+    };
+    // All of the header, all of the end, and places all over the rest.
+    let header = 600;
+    let places = (0..header).chain((header..whole.len()).step_by(whole.len() / 150));
+    for at in places.chain(whole.len() - 16..whole.len()) {
+        let mut bytes = whole.clone();
+        bytes[at] ^= 1 << (at % 8);
+        refused(&bytes, &format!("byte {at} flipped"));
+        if at % 7 == 0 {
+            let said = refused(&whole[..at], &format!("{at} bytes"));
+            assert!(said.contains("--save-state"), "{said}");
+        }
+    }
+    let longer = [&whole[..], &[0]].concat();
+    assert!(refused(&longer, "a byte more").contains("goes on after its end"));
+    assert!(refused(b"\x89PNG\r\n\x1a\n plain bytes", "a picture").contains("no file of"));
+    let mut later = whole.clone();
+    later[8] = 2;
+    assert!(refused(&later, "a later version").contains("version 2, this build reads 1"));
+    read(&engine, &whole).expect("the file itself");
+}
+
+#[test]
+fn a_file_of_other_settings_is_refused_before_its_contents_are_read() {
+    let here = engine(|_| {});
+    let file = file_of(&kept(&at(&here, 5)));
+    let other = engine(|options| options.arithmetic = Arithmetic::Fast8);
+    let error = read(&other, &file[..file.len() / 2]).err().expect("other activations");
+    assert!(error.to_string().contains("made with activations fixed16"), "{error}");
 }

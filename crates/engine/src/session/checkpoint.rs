@@ -25,6 +25,8 @@ pub struct Identity {
     pub attention: String,
     /// Numbers in which activations meet quantised weights.
     pub activations: String,
+    /// How keys and values are kept.
+    pub kv_cache: String,
     /// Experts chosen for a token.
     pub experts_per_token: usize,
 }
@@ -38,6 +40,7 @@ impl Identity {
             model: format!("{:016x}", container.identity()),
             attention: attention.expect("numbers and flags have a JSON form"),
             activations: options.arithmetic.name().into(),
+            kv_cache: options.kv_cache.identity(),
             experts_per_token: options.experts_per_token.unwrap_or(shape.moe.top_k),
         }
     }
@@ -49,24 +52,28 @@ impl Identity {
     pub fn check(&self, container: &Container, options: &Options) -> Result<()> {
         let here = Self::of(container, options);
         let differs = |what: &str, then: &str, now: &str, advice: &str| {
-            Err(Error::State(format!("made with {what} {then}, this run has {now}; {advice}")))
+            Err(Error::State(format!("made with {what}{then}, this run has {now}; {advice}")))
         };
         if self.model != here.model {
             let advice = "give the model that it was made with, or start without a state";
-            return differs("model", &self.model, &here.model, advice);
+            return differs("model ", &self.model, &here.model, advice);
         }
         if self.attention != here.attention {
             let advice = "give the rope settings that it was made with";
-            return differs("attention", &self.attention, &here.attention, advice);
+            return differs("attention ", &self.attention, &here.attention, advice);
         }
         if self.activations != here.activations {
             let advice = "--exact is f32, --fast is int8, without either they are fixed16";
-            return differs("activations", &self.activations, &here.activations, advice);
+            return differs("activations ", &self.activations, &here.activations, advice);
+        }
+        if self.kv_cache != here.kv_cache {
+            let advice = format!("give {}", self.kv_cache);
+            return differs("", &self.kv_cache, &here.kv_cache, &advice);
         }
         if self.experts_per_token != here.experts_per_token {
             let (then, now) = (self.experts_per_token, here.experts_per_token);
             let advice = format!("give --experts-per-token {then}");
-            return differs("experts per token", &then.to_string(), &now.to_string(), &advice);
+            return differs("experts per token ", &then.to_string(), &now.to_string(), &advice);
         }
         Ok(())
     }
