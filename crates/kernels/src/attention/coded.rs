@@ -163,8 +163,8 @@ pub struct CodedScratch<'a> {
 impl CodedScratch<'_> {
     /// Bytes of the tile.
     pub const fn tile_bytes(head_dim: usize) -> usize {
-        let keys = SIDE * head_dim;
-        let values = SIDE * CODED_POSITIONS;
+        let keys = 2 * SIDE * head_dim;
+        let values = 2 * SIDE * CODED_POSITIONS;
         if keys > values { keys } else { values }
     }
 }
@@ -302,27 +302,37 @@ pub(crate) fn level_at(rows: &CodedRows, place: (usize, usize)) -> i8 {
     rows.bits.levels()[usize::from(code)]
 }
 
-/// Integers of numbers up to `largest` in magnitude after multiplication with `factor`.
+/// Added to a number below 2^22 in magnitude, it leaves the nearest integer in the lowest bits, the
+/// even one of two: a conversion that saturates would be made element by element.
+const INTEGERS: f32 = 12_582_912.0;
+
+/// The nearest integer.
+#[inline(always)]
+fn nearest(x: f32) -> i32 {
+    (x + INTEGERS).to_bits().wrapping_sub(INTEGERS.to_bits()) as i32
+}
+
+/// Numbers times a factor as integers of 8 bits, and their sum.
 #[inline(always)]
 pub(crate) fn code_bytes(x: &[f32], factor: f32, codes: &mut [i8]) -> i32 {
-    let mut sum = 0;
+    let mut sum = 0i32;
     for (x, code) in x.iter().zip(codes) {
-        let integer = (x * factor).round_ties_even() as i32;
+        let integer = nearest(x * factor);
         *code = integer as i8;
-        sum += integer;
+        sum = sum.wrapping_add(integer);
     }
     sum
 }
 
-/// Integers of 16 bits in two planes, `256 * hi + lo`.
+/// The same as integers of 16 bits in two planes, `256 * hi + lo`.
 #[inline(always)]
 pub(crate) fn code_words(x: &[f32], factor: f32, hi: &mut [i8], lo: &mut [i8]) -> i32 {
-    let mut sum = 0;
+    let mut sum = 0i32;
     for ((x, hi), lo) in x.iter().zip(hi).zip(lo) {
-        let integer = (x * factor).round_ties_even() as i32;
+        let integer = nearest(x * factor);
         *hi = ((integer + 128) >> 8) as i8;
         *lo = integer as i8;
-        sum += integer;
+        sum = sum.wrapping_add(integer);
     }
     sum
 }

@@ -9,9 +9,11 @@
 macro_rules! coded_operations {
     ($features:literal) => {
         /// Rows whose sums stay in registers.
-        const CODED_ROWS: usize = LANES / 2;
+        const CODED_ROWS: usize = if LANES == SIDE { 8 } else { 2 };
         /// Registers of those side by side.
         const CODED_PARTS: usize = SIDE / LANES;
+        /// Sums of a few rows over two blocks of those side by side.
+        type CodedSums = [[[Ints; CODED_PARTS]; 2]; CODED_ROWS];
 
         #[target_feature(enable = $features)]
         pub(crate) fn code_queries(x: &[f32], out: &mut CodedQueries) {
@@ -40,11 +42,17 @@ macro_rules! coded_operations {
         ) {
             let rows = queries.scales.len();
             let width = queries.codes.len() / rows;
-            for block in 0..CODED_POSITIONS / SIDE {
-                let tile = &mut scratch.tile[..SIDE * width];
-                unpack_units(&page.keys, block * width / 4, tile);
-                let scales = &page.keys.scales[block * SIDE..][..SIDE];
-                score_units(queries, tile, scales, &mut scratch.scores[block * SIDE..]);
+            for first in (0..CODED_POSITIONS).step_by(2 * SIDE) {
+                let tile = &mut scratch.tile[..2 * SIDE * width];
+                unpack_units(&page.keys, first / SIDE * width / 4, tile);
+                let scales = &page.keys.scales[first..][..2 * SIDE];
+                // Streams end with a page: its values are asked for while its keys are at work.
+                let half = page.values.codes.len() / 2;
+                let ahead = if first == 0 { 0..half } else { half..2 * half };
+                for line in page.values.codes[ahead].chunks(UNIT) {
+                    floats::prefetch(line.as_ptr());
+                }
+                score_units(queries, tile, scales, &mut scratch.scores[first..]);
             }
             let (hi, lo) = scratch.weights.split_at_mut(rows * CODED_POSITIONS);
             let (steps, offsets) = scratch.steps.split_at_mut(rows);
@@ -60,8 +68,8 @@ macro_rules! coded_operations {
                 (steps[r], offsets[r]) = code_weights(scores, page.values.scales, planes);
             }
             let weights = (&*hi, &*lo);
-            for column in (0..width).step_by(SIDE) {
-                let tile = &mut scratch.tile[..SIDE * CODED_POSITIONS];
+            for column in (0..width).step_by(2 * SIDE) {
+                let tile = &mut scratch.tile[..2 * SIDE * CODED_POSITIONS];
                 unpack_units(&page.values, column, tile);
                 mix_units(tile, weights, (steps, offsets), (width, column), gathered.mix);
             }
@@ -120,7 +128,7 @@ macro_rules! coded_operations {
             }
         }
 
-        /// Scores of 16 positions, from the start of each row of `scores [rows][CODED_POSITIONS]`.
+        /// Scores of two blocks of positions, from the start of each row of `scores [rows][CODED_POSITIONS]`.
         #[target_feature(enable = $features)]
         fn score_units(queries: &CodedQueries, tile: &[u8], scales: &[f32], scores: &mut [f32]) {
             let rows = queries.scales.len();
@@ -132,12 +140,14 @@ macro_rules! coded_operations {
                 for (r, plane) in planes.iter_mut().enumerate() {
                     *plane = &queries.codes[row(r) * width..][..width];
                 }
-                let sums = add_units(tile, planes, [[zero_ints(); CODED_PARTS]; CODED_ROWS]);
+                let zero = [[[zero_ints(); CODED_PARTS]; 2]; CODED_ROWS];
+                let sums = add_units(tile, planes, zero);
                 for (r, sums) in sums.into_iter().enumerate() {
                     let scale = queries.scales[row(r)];
                     let offset = splat(-f32::from(LEVEL_ZERO) * scale * queries.sums[row(r)]);
                     let to = scores[row(r) * CODED_POSITIONS..].as_chunks_mut::<LANES>().0;
-                    for p in 0..CODED_PARTS {
+                    let sums = sums.as_flattened();
+                    for p in 0..2 * CODED_PARTS {
                         let score = fma(to_floats(sums[p]), splat(scale), offset);
                         store(mul_lanes(score, load(&scales[p])), &mut to[p]);
                     }
@@ -145,7 +155,7 @@ macro_rules! coded_operations {
             }
         }
 
-        /// Adds the mix of 16 elements from `column` on to each row of `mix [rows][width]`.
+        /// Adds the mix of two blocks of elements from `column` on to each row of `mix [rows][width]`.
         #[target_feature(enable = $features)]
         fn mix_units(
             tile: &[u8],
@@ -162,45 +172,47 @@ macro_rules! coded_operations {
                     planes[0][r] = &hi[row(r) * CODED_POSITIONS..][..CODED_POSITIONS];
                     planes[1][r] = &lo[row(r) * CODED_POSITIONS..][..CODED_POSITIONS];
                 }
-                let mut sums = add_units(tile, planes[0], [[zero_ints(); CODED_PARTS]; CODED_ROWS]);
-                for sums in sums.iter_mut().flatten() {
+                let zero = [[[zero_ints(); CODED_PARTS]; 2]; CODED_ROWS];
+                let mut sums = add_units(tile, planes[0], zero);
+                for sums in sums.as_flattened_mut().as_flattened_mut() {
                     *sums = times_256(*sums);
                 }
                 let sums = add_units(tile, planes[1], sums);
                 for r in 0..CODED_ROWS.min(rows - first) {
                     let (step, offset) = (splat(steps[first + r]), splat(offsets[first + r]));
-                    let to = &mut mix[(first + r) * width + column..][..SIDE];
+                    let to = &mut mix[(first + r) * width + column..][..2 * SIDE];
+                    let sums = sums[r].as_flattened();
                     for (p, to) in to.as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
-                        let added = fma(to_floats(sums[r][p]), step, offset);
+                        let added = fma(to_floats(sums[p]), step, offset);
                         store(add_lanes(load(to), added), to);
                     }
                 }
             }
         }
 
-        /// Adds the products of a tile's levels and a few rows of bytes, four bytes a unit.
+        /// Adds the products of a tile's levels, of which the second half is the second block's, and a
+        /// few rows of bytes, four bytes a unit.
         #[inline]
         #[target_feature(enable = $features)]
-        fn add_units(
-            tile: &[u8],
-            rows: [&[i8]; CODED_ROWS],
-            mut sums: [[Ints; CODED_PARTS]; CODED_ROWS],
-        ) -> [[Ints; CODED_PARTS]; CODED_ROWS] {
-            let units = tile.as_chunks::<UNIT>().0;
+        fn add_units(tile: &[u8], rows: [&[i8]; CODED_ROWS], mut sums: CodedSums) -> CodedSums {
+            let (one, two) = tile.split_at(tile.len() / 2);
+            let one = one.as_chunks::<UNIT>().0;
+            let two = &two.as_chunks::<UNIT>().0[..one.len()];
             let mut words: [&[[i8; 4]]; CODED_ROWS] = [&[]; CODED_ROWS];
             for (words, row) in words.iter_mut().zip(rows) {
-                *words = &row.as_chunks().0[..units.len()];
+                *words = &row.as_chunks().0[..one.len()];
             }
-            for (u, unit) in units.iter().enumerate() {
-                let parts = unit.as_chunks::<{ 4 * LANES }>().0;
-                let mut levels = [zero_bytes(); CODED_PARTS];
+            for u in 0..one.len() {
+                let mut levels = [[zero_bytes(); CODED_PARTS]; 2];
                 for p in 0..CODED_PARTS {
-                    levels[p] = load_bytes(&parts[p]);
+                    levels[0][p] = load_bytes(&one[u].as_chunks().0[p]);
+                    levels[1][p] = load_bytes(&two[u].as_chunks().0[p]);
                 }
                 for r in 0..CODED_ROWS {
                     let word = broadcast(words[r][u]);
                     for p in 0..CODED_PARTS {
-                        sums[r][p] = dot::<4>(sums[r][p], levels[p], word);
+                        sums[r][0][p] = dot::<4>(sums[r][0][p], levels[0][p], word);
+                        sums[r][1][p] = dot::<4>(sums[r][1][p], levels[1][p], word);
                     }
                 }
             }
