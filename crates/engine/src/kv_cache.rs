@@ -356,7 +356,7 @@ mod tests {
     use super::*;
 
     fn cache(name: &str, head_dim: usize, positions: usize) -> (KvCache, Vec<f32>) {
-        let format = name.parse().expect("a format");
+        let format = name.parse::<KvFormat>().expect("a format").with_window(1, 1);
         let mut cache = KvCache::new(KvShape { kv_heads: 2, head_dim, format });
         let number = |i: usize| (i.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40) as f32;
         let all: Vec<f32> =

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use flash_moe_engine::container::Container;
 use flash_moe_engine::engine::{Engine, Options};
-use flash_moe_engine::session::{Checkpoint, StateReader};
+use flash_moe_engine::session::{Checkpoint, Session, StateReader};
 
 use crate::convert::files::PartialFile;
 
@@ -66,13 +66,13 @@ impl NewState {
         Ok(Self { file: PartialFile::create(path)? })
     }
 
-    /// Writes a checkpoint, flushes it to the disk and gives the file its name.
+    /// Writes a session's state, flushes it to the disk and gives the file its name.
     ///
     /// # Errors
     /// The disk is full or fails.
-    pub fn write(self, checkpoint: &Checkpoint) -> Result<()> {
+    pub fn write(self, session: &Session) -> Result<()> {
         let to = Appending { file: &self.file, offset: 0 };
-        checkpoint.write(BufWriter::with_capacity(BUFFER_BYTES, to))?;
+        session.write_state(BufWriter::with_capacity(BUFFER_BYTES, to))?;
         self.file.finish()
     }
 

@@ -78,7 +78,8 @@ fn after_a_restore_the_continuation_is_bit_identical() {
 #[test]
 fn formats_with_codes_are_kept_and_restored_alike() {
     for format in ["int8", "tq2", "k4v3"] {
-        let engine = engine(|options| options.kv_cache = format.parse().expect("a format"));
+        let kept_so = format.parse::<KvFormat>().expect("a format").with_window(1, 1);
+        let engine = engine(|options| options.kv_cache = kept_so);
         // The second page is coded at position 192: before the checkpoint, and after it.
         for tokens in [150, 200] {
             let mut session = at(&engine, tokens);
@@ -167,6 +168,9 @@ fn a_state_from_a_file_continues_bit_for_bit() {
     for tokens in [1, 64, 100] {
         let mut session = at(&engine, tokens);
         let file = file_of(&kept(&session));
+        let mut of_session = Vec::new();
+        session.write_state(&mut of_session).expect("memory takes what is written");
+        assert_eq!(of_session, file, "{tokens} tokens");
         let never_left = continued(&mut session, 5, 70);
         let checkpoint = read(&engine, &file).expect("what was written");
         assert_eq!(file_of(&checkpoint), file, "{tokens} tokens");

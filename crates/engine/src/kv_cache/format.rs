@@ -13,8 +13,8 @@ use super::PAGE_POSITIONS;
 
 /// Pages at the start that stay in halves unless it is said otherwise.
 const SINK_PAGES: usize = 1;
-/// Pages before the one that is being filled that do.
-const RECENT_PAGES: usize = 1;
+/// Pages before the one that is being filled that do (docs/measurements.md, 17).
+const RECENT_PAGES: usize = 4;
 
 /// How keys and values are kept.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -52,6 +52,14 @@ impl KvFormat {
     /// What the original engine has behind TQ_KV=1: codes of two bits.
     pub const fn original() -> Self {
         Self::with_codes(CodeBits::Two, CodeBits::Two)
+    }
+
+    /// The same with so many pages left out of the codes, where there are any.
+    pub fn with_window(self, sink_pages: usize, recent_pages: usize) -> Self {
+        match self {
+            Self::Codes(codes) => Self::Codes(KvCodes { sink_pages, recent_pages, ..codes }),
+            plain => plain,
+        }
     }
 
     const fn with_codes(keys: CodeBits, values: CodeBits) -> Self {

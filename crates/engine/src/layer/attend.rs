@@ -234,8 +234,9 @@ mod tests {
         let compute =
             Compute { isa: Isa::detect(), pool: Pool::new(2), arithmetic: Arithmetic::Exact };
         for name in ["f32", "f16", "bf16", "int8", "tq2", "tq3", "k4v2"] {
+            let format = name.parse::<KvFormat>().expect("a format").with_window(1, 1);
             let attended = |chunk: usize| {
-                let mut cache = KvCache::new(KvShape::of(&a, name.parse().expect("a format")));
+                let mut cache = KvCache::new(KvShape::of(&a, format));
                 let mut out = Vec::new();
                 for rows in rows.chunks(chunk * 16 * 64) {
                     let first = cache.len();
@@ -249,8 +250,7 @@ mod tests {
                 }
                 assert_eq!(
                     cache.bytes(),
-                    KvShape::of(&a, name.parse().unwrap()).bytes(400)
-                        - 64 * cache.pages().count() as u64,
+                    KvShape::of(&a, format).bytes(400) - 64 * cache.pages().count() as u64,
                     "{name}"
                 );
                 out

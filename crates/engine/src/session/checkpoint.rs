@@ -80,6 +80,7 @@ impl Identity {
 }
 
 /// Everything a session remembers at one position.
+#[derive(Clone)]
 pub struct Checkpoint {
     pub(super) identity: Identity,
     pub(super) tokens: Vec<TokenId>, // [position]
@@ -167,13 +168,21 @@ impl Session {
     /// The checkpoint belongs to another model or other settings, or is longer than the context;
     /// the session stays as it was.
     pub fn restore(&mut self, checkpoint: &Checkpoint) -> Result<()> {
+        self.adopt(checkpoint.clone())
+    }
+
+    /// As [`Session::restore`] with a checkpoint that is not needed again: nothing is copied.
+    ///
+    /// # Errors
+    /// As [`Session::restore`].
+    pub fn adopt(&mut self, checkpoint: Checkpoint) -> Result<()> {
         checkpoint.identity.check(self.engine.container(), self.engine.options())?;
         Checkpoint::check_length(checkpoint.position(), self.engine.context())?;
         self.tokens.clear();
         self.tokens.extend_from_slice(&checkpoint.tokens);
-        self.memories.clone_from(&checkpoint.memories);
-        self.previous.clone_from(&checkpoint.previous);
-        self.logits.clone_from(&checkpoint.logits);
+        self.memories = checkpoint.memories;
+        self.previous = checkpoint.previous;
+        self.logits = checkpoint.logits;
         self.broken = false;
         Ok(())
     }

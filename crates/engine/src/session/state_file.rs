@@ -10,7 +10,7 @@ use std::io::{ErrorKind, Read, Write};
 use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::{Xxh3Default, xxh3_64};
 
-use super::{Checkpoint, Identity, Memory};
+use super::{Checkpoint, Identity, Memory, Session};
 use crate::engine::Engine;
 use crate::error::{Error, Result};
 use crate::shape::TokenId;
@@ -115,25 +115,47 @@ impl Checkpoint {
     /// # Errors
     /// What the writer has to say.
     pub fn write(&self, to: impl Write) -> std::io::Result<()> {
-        let mut to = Hashed::new(to);
         let header = Header { identity: self.identity.clone(), position: self.position() };
-        let text = serde_json::to_vec(&header)?;
-        to.write(&MAGIC)?;
-        to.write(&VERSION.to_le_bytes())?;
-        to.write(&(text.len() as u32).to_le_bytes())?;
-        to.write(&text)?;
-        to.write(&xxh3_64(&text).to_le_bytes())?;
-        for token in &self.tokens {
-            to.write(&token.0.to_le_bytes())?;
-        }
-        to.write(bytemuck::cast_slice(&self.logits))?;
-        for memory in &self.memories {
-            memory.each_part(&mut |bytes| to.write(bytes))?;
-        }
-        let hash = to.hash.digest();
-        to.write(&hash.to_le_bytes())?;
-        to.stream.flush()
+        write(to, &header, (&self.tokens, &self.logits), &self.memories)
     }
+}
+
+impl Session {
+    /// Writes what [`Session::checkpoint`] would keep, without a copy of it.
+    ///
+    /// # Errors
+    /// This session met an error before, or what the writer has to say.
+    pub fn write_state(&self, to: impl Write) -> std::io::Result<()> {
+        self.check_whole().map_err(std::io::Error::other)?;
+        let identity = Identity::of(self.engine.container(), self.engine.options());
+        let header = Header { identity, position: self.position() };
+        write(to, &header, (&self.tokens, &self.logits), &self.memories)
+    }
+}
+
+fn write(
+    to: impl Write,
+    header: &Header,
+    (tokens, logits): (&[TokenId], &[f32]),
+    memories: &[Memory],
+) -> std::io::Result<()> {
+    let mut to = Hashed::new(to);
+    let text = serde_json::to_vec(header)?;
+    to.write(&MAGIC)?;
+    to.write(&VERSION.to_le_bytes())?;
+    to.write(&(text.len() as u32).to_le_bytes())?;
+    to.write(&text)?;
+    to.write(&xxh3_64(&text).to_le_bytes())?;
+    for token in tokens {
+        to.write(&token.0.to_le_bytes())?;
+    }
+    to.write(bytemuck::cast_slice(logits))?;
+    for memory in memories {
+        memory.each_part(&mut |bytes| to.write(bytes))?;
+    }
+    let hash = to.hash.digest();
+    to.write(&hash.to_le_bytes())?;
+    to.stream.flush()
 }
 
 /// A stream and the hash of what has passed.

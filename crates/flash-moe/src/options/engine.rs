@@ -80,7 +80,7 @@ pub struct EngineArgs {
     pub kv_sink: Option<usize>,
 
     /// With --kv-cache tq..: latest positions that stay in f16 at least, in whole pages of 64
-    /// [default: 64].
+    /// [default: 256].
     #[arg(long, value_name = "N", help_heading = "Machine")]
     pub kv_recent: Option<usize>,
 
@@ -254,20 +254,20 @@ impl EngineArgs {
     /// How keys and values are kept.
     fn kv_format(&self) -> Result<KvFormat> {
         let original = || environment::original_kv_codes().then(KvFormat::original);
-        let mut format = self.kv_cache.or_else(original).unwrap_or(KvFormat::F32);
+        let format = self.kv_cache.or_else(original).unwrap_or(KvFormat::F32);
         let pages = |positions: usize| positions.div_ceil(PAGE_POSITIONS);
-        match &mut format {
-            KvFormat::Codes(codes) => {
-                codes.sink_pages = self.kv_sink.map_or(codes.sink_pages, pages);
-                codes.recent_pages = self.kv_recent.map_or(codes.recent_pages, pages);
-            }
-            _ if self.kv_sink.or(self.kv_recent).is_some() => bail!(
+        let (sink, recent) = (self.kv_sink.map(pages), self.kv_recent.map(pages));
+        match format.codes() {
+            Some(codes) => Ok(format.with_window(
+                sink.unwrap_or(codes.sink_pages),
+                recent.unwrap_or(codes.recent_pages),
+            )),
+            None if sink.or(recent).is_some() => bail!(
                 "--kv-sink and --kv-recent are what codes leave in f16: they need --kv-cache tq2 or \
                  another of its kind"
             ),
-            _ => {}
+            None => Ok(format),
         }
-        Ok(format)
     }
 
     /// What about these flags makes the output differ from the model's own, in words.

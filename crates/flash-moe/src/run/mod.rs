@@ -78,7 +78,7 @@ pub fn run(args: &RunArgs) -> Result<ExitCode> {
     let mut run = Run::prepare(args)?;
     let mut session = Session::new(&run.engine);
     if let Some(state) = run.state.take() {
-        session.restore(&state.load(&run.engine)?)?;
+        session.adopt(state.load(&run.engine)?)?;
     }
     run.start = session.position();
     if trace.is_some() {
@@ -213,7 +213,7 @@ impl<'a> Run<'a> {
             Some(&last) => session.step(last)?,
             None => {}
         }
-        file.write(&session.checkpoint()?)
+        file.write(session)
     }
 
     /// Prints what was asked for beside the answer.
