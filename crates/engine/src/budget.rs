@@ -10,7 +10,7 @@ use std::fmt;
 use crate::container::Container;
 use crate::engine::Options;
 use crate::error::{Error, Result};
-use crate::kv_cache::KvCache;
+use crate::kv_cache::KvShape;
 use crate::machine;
 use crate::memory::Block;
 use crate::session::Scratch;
@@ -82,15 +82,21 @@ impl Budget {
     pub fn plan(container: &Container, options: &Options) -> Result<Self> {
         let demand = Demand::of(container);
         let budget = Self::sized(&demand, options)?;
-        if budget.fits() { Ok(budget) } else { Err(Error::Budget(budget.refusal(demand.shape))) }
+        if budget.fits() {
+            Ok(budget)
+        } else {
+            Err(Error::Budget(budget.refusal(demand.shape, options)))
+        }
     }
 
     /// As [`Budget::plan`] without refusing a limit below the floor: ask [`Budget::fits`].
     ///
     /// # Errors
-    /// The context is above the model's; free memory is unknown and no limit was given.
+    /// The context is above the model's; its heads cannot be kept in the format of the KV cache;
+    /// free memory is unknown and no limit was given.
     pub fn sized(demand: &Demand, options: &Options) -> Result<Self> {
         let shape = demand.shape;
+        options.kv_cache.check(shape.attention.head_dim).map_err(Error::Shape)?;
         let context = context(shape, options)?;
         let layers = shape.expert_layers().count();
         let records = layers * shape.moe.experts;
@@ -130,9 +136,10 @@ impl Budget {
         self.fixed_bytes() + self.slots_floor as u64 * self.slot_bytes
     }
 
-    fn refusal(&self, shape: &Shape) -> String {
+    fn refusal(&self, shape: &Shape, options: &Options) -> String {
         let least_context = 512.min(shape.max_positions);
-        let saved = kv_bytes(shape, self.context).saturating_sub(kv_bytes(shape, least_context));
+        let kv = |context| kv_bytes(shape, options, context);
+        let saved = kv(self.context).saturating_sub(kv(least_context));
         let floor = gib(self.slots_floor as u64 * self.slot_bytes);
         let mut text = format!(
             "needs {} (of which {floor} is one token's experts, the floor of the pool), limit is {}",
@@ -212,16 +219,18 @@ fn fixed_lines(demand: &Demand, options: &Options, context: usize) -> Vec<Line> 
     let scratch = Scratch::bytes(shape, options, context);
     vec![
         Line { name: "dense weights", bytes: demand.dense_bytes },
-        Line { name: "KV cache", bytes: kv_bytes(shape, context) },
+        Line { name: "KV cache", bytes: kv_bytes(shape, options, context) },
         Line { name: "delta-net states", bytes: delta_bytes(shape) },
         Line { name: "scratch and logits", bytes: scratch },
         Line { name: "tokenizer and program", bytes: PROGRAM_BYTES + options.other_bytes },
     ]
 }
 
-fn kv_bytes(shape: &Shape, context: usize) -> u64 {
-    let a = &shape.attention;
-    shape.count(Mix::Attention) as u64 * KvCache::bytes(a.kv_heads, a.head_dim, context)
+/// All layers' keys and values, and what one layer at a time takes beside them for a chunk.
+fn kv_bytes(shape: &Shape, options: &Options, context: usize) -> u64 {
+    let layer = KvShape::of(&shape.attention, options.kv_cache);
+    let chunk = layer.chunk_bytes(options.prefill_chunk.min(context));
+    shape.count(Mix::Attention) as u64 * layer.bytes(context) + chunk
 }
 
 fn delta_bytes(shape: &Shape) -> u64 {

@@ -10,6 +10,7 @@ use crate::budget::{Budget, Demand};
 use crate::compute::{Arithmetic, Compute};
 use crate::container::{Container, RecordLayout};
 use crate::error::{Error, Result};
+use crate::kv_cache::{KvFormat, KvShape};
 use crate::layer::lookahead::Lookahead;
 use crate::machine;
 use crate::pool::Pool;
@@ -32,6 +33,8 @@ pub struct Options {
     pub context: Option<usize>,
     /// Direct or buffered expert reads.
     pub io: IoMode,
+    /// How keys and values are kept; lossy unless f32.
+    pub kv_cache: KvFormat,
     /// Experts chosen for a token instead of the model's own number; lossy when lower.
     pub experts_per_token: Option<usize>,
     /// Prompt tokens computed together, at least 1.
@@ -128,6 +131,11 @@ impl Engine {
     /// Experts chosen for a token.
     pub fn top_k(&self) -> usize {
         self.options.experts_per_token.unwrap_or(self.shape().moe.top_k)
+    }
+
+    /// The size of a layer's keys and values.
+    pub(crate) fn kv_shape(&self) -> KvShape {
+        KvShape::of(&self.shape().attention, self.options.kv_cache)
     }
 
     /// Vocabulary rows that stand for a token.

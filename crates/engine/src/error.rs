@@ -23,6 +23,9 @@ pub enum Error {
     /// A token id, position or prompt that the model cannot take.
     #[error("prompt: {0}")]
     Prompt(String),
+    /// A kept state that is damaged, of another model or settings, or too long for the context.
+    #[error("state: {0}")]
+    State(String),
     /// The tokenizer file is missing, unreadable or refused by the tokenizer library.
     #[error("tokenizer: {0}")]
     Tokenizer(String),

@@ -4,16 +4,23 @@
 //! residual stream; the head turns the last row into logits. The same code runs one token and a
 //! chunk of a prompt. A session that met an error refuses further work: its caches hold half a token.
 
+mod checkpoint;
+mod state_file;
+mod synthetic;
+
 use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::time::Instant;
 
 use flash_moe_kernels::TILE_ROWS;
 
+pub use checkpoint::{Checkpoint, Identity};
+pub use state_file::StateReader;
+
 use crate::compute::{Temporary, multiply_floats, sized};
 use crate::engine::{Engine, Options};
 use crate::error::{Error, Result};
-use crate::kv_cache::KvCache;
+use crate::kv_cache::{KvCache, Line};
 use crate::layer::attend::Gathering;
 use crate::layer::attention::{AttentionInput, AttentionScratch, Rotation, attention};
 use crate::layer::delta_net::{DeltaInput, DeltaScratch, DeltaState, delta_net};
@@ -28,7 +35,7 @@ use crate::weights::{FeedForwardWeights, MixWeights};
 /// A conversation's state on one engine.
 pub struct Session {
     engine: Arc<Engine>,
-    position: usize,
+    tokens: Vec<TokenId>, // taken so far
     broken: bool,
     memories: Vec<Memory>,        // [layers]
     previous: Vec<Vec<ExpertId>>, // [layers], what the last token used
@@ -40,9 +47,66 @@ pub struct Session {
 }
 
 /// What a layer remembers of the positions before.
+#[derive(Clone)]
 enum Memory {
     Attention(KvCache),
     DeltaNet(DeltaState),
+}
+
+impl Memory {
+    /// Those of all layers, with room for so many positions, nothing remembered.
+    fn all(engine: &Engine, positions: usize) -> Vec<Self> {
+        let shape = engine.shape();
+        let memory = |mix| match (mix, &shape.delta) {
+            (Mix::DeltaNet, Some(d)) => Self::DeltaNet(DeltaState::new(d)),
+            _ => Self::Attention(KvCache::zeroed(engine.kv_shape(), positions)),
+        };
+        shape.layers.iter().map(|layer| memory(layer.mix)).collect()
+    }
+
+    /// Calls `take` with all bytes, in parts.
+    fn each_part<E>(&self, take: &mut dyn FnMut(&[u8]) -> Result<(), E>) -> Result<(), E> {
+        match self {
+            Self::Attention(cache) => {
+                cache.pages().try_for_each(|page| take(bytemuck::cast_slice(page)))
+            }
+            Self::DeltaNet(state) => {
+                take(bytemuck::cast_slice(&state.state))?;
+                take(bytemuck::cast_slice(&state.history))
+            }
+        }
+    }
+
+    /// As [`Memory::each_part`], of a memory that shares nothing.
+    fn each_part_mut<E>(
+        &mut self,
+        fill: &mut dyn FnMut(&mut [u8]) -> Result<(), E>,
+    ) -> Result<(), E> {
+        match self {
+            Self::Attention(cache) => cache.pages_mut().try_for_each(fill),
+            Self::DeltaNet(state) => {
+                fill(bytemuck::cast_slice_mut(&mut state.state))?;
+                fill(bytemuck::cast_slice_mut(&mut state.history))
+            }
+        }
+    }
+
+    /// What a clone shares.
+    fn pages(&self) -> impl Iterator<Item = &Arc<[Line]>> {
+        let cache = match self {
+            Self::Attention(cache) => Some(cache),
+            Self::DeltaNet(_) => None,
+        };
+        cache.into_iter().flat_map(KvCache::pages)
+    }
+
+    /// Bytes that a clone has to itself.
+    fn copied_bytes(&self) -> usize {
+        match self {
+            Self::Attention(_) => 0,
+            Self::DeltaNet(state) => size_of_val(&*state.state) + size_of_val(&*state.history),
+        }
+    }
 }
 
 /// Whether a prompt was taken whole.
@@ -68,18 +132,13 @@ impl Session {
     /// A session at position 0.
     pub fn new(engine: &Arc<Engine>) -> Self {
         let shape = engine.shape();
-        let memory = |mix| match (mix, &shape.delta) {
-            (Mix::DeltaNet, Some(d)) => Memory::DeltaNet(DeltaState::new(d)),
-            _ => {
-                Memory::Attention(KvCache::new(shape.attention.kv_heads, shape.attention.head_dim))
-            }
-        };
         Self {
             previous: vec![Vec::new(); shape.layers.len()],
-            memories: shape.layers.iter().map(|l| memory(l.mix)).collect(),
+            memories: Memory::all(engine, 0),
             logits: vec![0.0; shape.vocab],
+            // As many as the context holds, since a step is not to allocate.
+            tokens: Vec::with_capacity(engine.context()),
             engine: Arc::clone(engine),
-            position: 0,
             broken: false,
             scratch: Scratch::default(),
             timing: Timing::default(),
@@ -141,7 +200,12 @@ impl Session {
 
     /// Tokens taken so far.
     pub fn position(&self) -> usize {
-        self.position
+        self.tokens.len()
+    }
+
+    /// The tokens taken so far, from the first on.
+    pub fn tokens(&self) -> &[TokenId] {
+        &self.tokens
     }
 
     /// The engine.
@@ -175,18 +239,16 @@ impl Session {
     }
 
     fn check(&self, tokens: &[TokenId]) -> Result<()> {
-        if self.broken {
-            return Err(Error::Prompt("this session met an error before; start a new one".into()));
-        }
+        self.check_whole()?;
         if tokens.is_empty() {
             return Err(Error::Prompt("no tokens".into()));
         }
-        let (room, context) = (self.engine.context() - self.position, self.engine.context());
+        let (room, context) = (self.engine.context() - self.position(), self.engine.context());
         if tokens.len() > room {
             return Err(Error::Prompt(format!(
                 "{} tokens after {} do not fit into the context of {context}; raise --context",
                 tokens.len(),
-                self.position
+                self.position()
             )));
         }
         let vocab = self.engine.shape().vocab;
@@ -199,6 +261,15 @@ impl Session {
         }
     }
 
+    fn check_whole(&self) -> Result<()> {
+        if self.broken {
+            return Err(Error::Prompt(
+                "this session met an error before; restore a checkpoint or start a new one".into(),
+            ));
+        }
+        Ok(())
+    }
+
     fn advance(&mut self, tokens: &[TokenId], wanted: Wanted) -> Result<()> {
         let outcome = self.forward(tokens, wanted);
         self.broken |= outcome.is_err();
@@ -209,13 +280,13 @@ impl Session {
     fn forward(&mut self, tokens: &[TokenId], wanted: Wanted) -> Result<()> {
         let engine = Arc::clone(&self.engine);
         self.embed(&engine, tokens);
-        self.scratch.rotation.fill(&engine.shape().attention, self.position, tokens.len());
+        self.scratch.rotation.fill(&engine.shape().attention, self.position(), tokens.len());
         for layer in 0..engine.shape().layers.len() {
             self.mix(&engine, layer);
             self.feed_forward(&engine, layer)?;
             self.tap("layer", Some(layer), |s| &s.h);
         }
-        self.position += tokens.len();
+        self.tokens.extend_from_slice(tokens);
         self.head(&engine, wanted)
     }
 
@@ -244,12 +315,8 @@ impl Session {
             (MixWeights::Attention(w), Memory::Attention(cache)) => {
                 let input = AttentionInput { shape, weights: w, rotation: &s.rotation, x };
                 attention(compute, &input, cache, &mut s.attention, &mut s.tmp, y);
-                let cached =
-                    KvCache::bytes(shape.attention.kv_heads, shape.attention.head_dim, cache.len());
-                (
-                    Stage::Attention,
-                    w.q.bytes() + w.k.bytes() + w.v.bytes() + w.o.bytes() + cached as usize,
-                )
+                let weights = w.q.bytes() + w.k.bytes() + w.v.bytes() + w.o.bytes();
+                (Stage::Attention, weights + cache.bytes() as usize)
             }
             (MixWeights::DeltaNet(w), Memory::DeltaNet(state)) => {
                 let input = DeltaInput { shape, weights: w, x };
@@ -321,7 +388,7 @@ impl Session {
         if !x.iter().all(|v| v.is_finite()) {
             return Err(Error::NotFinite(format!(
                 "the hidden state at position {} is not finite; run `flash-moe verify` on the model",
-                self.position - 1
+                self.position() - 1
             )));
         }
         self.tap("final_norm", None, |s| &s.x);
@@ -343,7 +410,7 @@ impl Session {
             }
             self.logits[engine.vocabulary()..].fill(f32::NEG_INFINITY);
             if let Wanted::Every(sink) = &mut sink {
-                sink(self.position - rows + row, &self.logits);
+                sink(self.position() - rows + row, &self.logits);
             }
         }
         self.timing.add(Stage::Logits, started, (rows - first) * head.bytes());
@@ -450,7 +517,8 @@ impl Scratch {
             + Routes::floats(moe.experts, top_k, tokens)
             + ExpertScratch::floats(moe, hidden, width, (tokens, top_k))
             + Temporary::floats(tokens, widest)
-            + shape.vocab;
+            + shape.vocab
+            + context;
         let multiply = multiply_floats(widest, tokens) + 2 * TILE_ROWS * tokens;
         let thread = Gathering::thread_floats(a).max(delta_thread).max(multiply);
         ((session + options.threads * thread) * size_of::<f32>()) as u64

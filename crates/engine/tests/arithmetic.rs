@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use flash_moe_engine::container::Container;
 use flash_moe_engine::engine::{Engine, Options};
+use flash_moe_engine::kv_cache::KvFormat;
 use flash_moe_engine::session::Session;
 use flash_moe_engine::shape::TokenId;
 use flash_moe_engine::store::{IoMode, Reader};
@@ -29,6 +30,7 @@ fn logits(arithmetic: Arithmetic, threads: usize, prefill_chunk: usize) -> Vec<f
         memory_bytes: Some(512 << 20),
         context: Some(64),
         io: IoMode::Buffered,
+        kv_cache: KvFormat::F32,
         experts_per_token: None,
         prefill_chunk,
         readers: 2,

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use flash_moe_engine::budget::Budget;
 use flash_moe_engine::container::Container;
 use flash_moe_engine::engine::{Engine, Options};
+use flash_moe_engine::kv_cache::KvFormat;
 use flash_moe_engine::session::Session;
 use flash_moe_engine::shape::{ExpertId, LayerId, TokenId};
 use flash_moe_engine::store::{ExpertStore, IoMode, Landed, Reader, StoreOptions};
@@ -223,6 +224,7 @@ fn options() -> Options {
         memory_bytes: Some(512 << 20),
         context: Some(64),
         io: IoMode::Buffered,
+        kv_cache: KvFormat::F32,
         experts_per_token: None,
         prefill_chunk: 16,
         readers: 2,
@@ -234,16 +236,25 @@ fn options() -> Options {
 }
 
 #[test]
-fn a_session_that_met_a_failed_read_refuses_to_go_on() {
+fn a_session_that_met_a_failed_read_refuses_to_go_on_until_it_is_restored() {
     let (dir, container) = model();
     let engine = Arc::new(Engine::open(container, &options()).expect("the built-in model"));
-    cut(&dir.path().join("experts/layer_07.bin"), 0);
+    let layer = dir.path().join("experts/layer_07.bin");
+    let whole = fs::read(&layer).expect("a layer file");
     let mut session = Session::new(&engine);
+    session.step(TokenId(5)).expect("a whole file");
+    let checkpoint = session.checkpoint().expect("no error before");
+    cut(&layer, 0);
     let tokens: Vec<TokenId> = (10..20).map(TokenId).collect();
     let error = session.prefill(&tokens, &mut |_| ControlFlow::Continue(())).expect_err("no file");
     assert!(error.to_string().starts_with("layer 7 expert "), "{error}");
     let refused = session.step(TokenId(1)).expect_err("half a token is in the caches");
     assert!(refused.to_string().contains("start a new one"), "{refused}");
+    assert!(session.checkpoint().is_err(), "half a token is not kept");
+    fs::write(&layer, whole).expect("the file is whole again");
+    session.restore(&checkpoint).expect("the same engine");
+    assert_eq!(session.position(), 1);
+    session.step(TokenId(1)).expect("a restored session works");
 }
 
 #[test]

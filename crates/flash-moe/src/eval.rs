@@ -107,7 +107,8 @@ pub fn run(args: &EvalArgs) -> Result<()> {
     let bytes: Vec<usize> = token_bytes(&model, &tokens);
     let memory = memory_of_each(args, reference.is_some());
     let engine = open_engine(&args.engine, model, window, memory)?;
-    let reference = reference.map(|r| open_engine(&args.engine, r, window, memory)).transpose()?;
+    let plain = args.engine.with_plain_kv_cache();
+    let reference = reference.map(|r| open_engine(&plain, r, window, memory)).transpose()?;
     let hot_set = args.hot_set.file(engine.container());
     hot_set.iter().for_each(|file| file.load(&engine));
 

@@ -10,6 +10,7 @@ use anyhow::Result;
 use flash_moe_engine::budget::Budget;
 use flash_moe_engine::container::{Container, ExpertFile, Precision};
 use flash_moe_engine::engine::Options;
+use flash_moe_engine::kv_cache::KvFormat;
 use flash_moe_engine::shape::{Family, Mix, Shape};
 use flash_moe_engine::store::{IoMode, Reader};
 use flash_moe_engine::{Arithmetic, Lookahead};
@@ -178,6 +179,7 @@ fn unlimited() -> Options {
         memory_bytes: Some(u64::MAX),
         context: None,
         io: IoMode::Auto,
+        kv_cache: KvFormat::F32,
         experts_per_token: None,
         prefill_chunk: 64,
         readers: 4,

@@ -8,6 +8,7 @@
 mod options;
 
 mod hot_set;
+mod state_file;
 mod tiny;
 
 mod eval;

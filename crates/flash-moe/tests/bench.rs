@@ -195,3 +195,25 @@ fn a_plan_without_a_container_tells_what_would_fit_and_leaves_nothing_behind() {
     let said = home.refuse(&["plan", "--like", "qwen3.5-35b-a3b", "--scratch", &missing]);
     assert!(said.contains("--scratch"), "{said}");
 }
+
+#[test]
+fn a_synthetic_context_is_reached_without_a_prompt_and_said_to_be_one() {
+    let home = converted();
+    let model = text(&home.path("container"));
+    for format in ["f32", "tq2"] {
+        let mut args = vec!["bench", "--model", &model, "--memory", "1GiB", "--quick", "--json"];
+        args.extend_from_slice(&["--context-state", "synthetic", "--kv-cache", format]);
+        args.extend_from_slice(&["--context-at", "64,700", "--decode", "4", "--prefill", "24"]);
+        args.extend_from_slice(&["--context", "1024"]);
+        let found = object(&home, &args);
+        assert!(found["notes"].to_string().contains("SYNTHETIC"), "{}", found["notes"]);
+        assert_eq!(found["notes"].to_string().contains("tq2"), format == "tq2");
+        let decodes: Vec<u64> = list(&found["runs"])
+            .iter()
+            .filter(|run| run["phase"] == "decode")
+            .map(|run| run["position"].as_u64().expect("a position"))
+            .collect();
+        assert_eq!(decodes, [64, 68, 700, 704]);
+        assert_eq!(list(&found["runs"]).len(), 2 + 4);
+    }
+}

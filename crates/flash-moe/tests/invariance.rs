@@ -65,6 +65,25 @@ fn cache_size_reader_and_threads_change_no_bit() {
 }
 
 #[test]
+fn in_every_kv_cache_threads_readers_and_cache_size_change_no_bit() {
+    let home = converted();
+    let mut plain = logits(&home, &["--memory", "2GiB"]).1;
+    for format in ["f16", "bf16", "int8", "tq4", "k3v2", "tq2"] {
+        let mut kept = vec!["--kv-cache", format];
+        if format.contains(['q', 'v']) {
+            kept.extend_from_slice(&["--kv-sink", "0", "--kv-recent", "0"]);
+        }
+        let run = |extra: &[&str]| logits(&home, &[&kept[..], extra].concat()).1;
+        let reference = run(&["--memory", "2GiB", "--threads", "1"]);
+        assert_ne!(bits(&reference), bits(&plain), "{format} does something");
+        for extra in [["--threads", "3"], ["--memory", "80MiB"], ["--readers", "1"]] {
+            assert_eq!(bits(&run(&extra)), bits(&reference), "{format} {extra:?}");
+        }
+        plain = reference;
+    }
+}
+
+#[test]
 fn prefill_chunks_change_logits_within_the_bound() {
     let home = converted();
     for (numbers, bound) in CHUNK_BOUNDS {

@@ -7,6 +7,7 @@
 use std::io::Write;
 use std::process::{Output, Stdio};
 
+use crate::fixture::converted;
 use crate::program::{Home, TraceFile, id_list, stderr, text};
 use serde_json::Value;
 
@@ -487,4 +488,109 @@ fn help_and_version_are_there() {
     }
     let version = stdout(&home.succeed(&["--version"]));
     assert_eq!(version, format!("flash-moe {}\n", env!("CARGO_PKG_VERSION")));
+}
+
+#[test]
+fn a_saved_state_goes_on_as_if_it_had_never_stopped() {
+    let home = Home::new();
+    let (state, then) = (text(&home.path("story.state")), text(&home.path("then.state")));
+    let raw = ["--raw", "--greedy", "--ignore-eos", "Once upon a time"];
+    let whole = home.json(&[&raw[..], &["-n", "30"]].concat());
+    let before = ids(&whole, "prompt_tokens").len() as u64;
+    let whole = ids(&whole, "generated_tokens");
+    let first = home.json(&[&raw[..], &["-n", "12", "--save-state", &state]].concat());
+    let first = ids(&first, "generated_tokens");
+    let go_on = ["--load-state", &state, "--raw", "--greedy", "--ignore-eos", "-n", "18", ""];
+    let summary = home.json(&[&go_on[..], &["--save-state", &then]].concat());
+    assert_eq!([first, ids(&summary, "generated_tokens")].concat(), whole);
+    assert_eq!(summary["state_tokens"].as_u64(), Some(before + 12));
+    assert!(ids(&summary, "prompt_tokens").is_empty());
+    // A state of a state, and the state itself as often as one likes.
+    assert_eq!(home.json(&go_on)["generated_tokens"], summary["generated_tokens"]);
+    let longer = home.json(&["--load-state", &then, "--raw", "-n", "1", ""]);
+    assert_eq!(longer["state_tokens"].as_u64(), Some(before + 30));
+    assert!(!home.path("story.state.partial").exists());
+}
+
+#[test]
+fn a_prompt_after_a_state_is_the_next_turn() {
+    let home = Home::new();
+    let state = text(&home.path("chat.state"));
+    let first = home.json(&["--greedy", "--save-state", &state, PROMPT]);
+    let before = ids(&first, "prompt_tokens").len() + ids(&first, "generated_tokens").len();
+    let next = home.json(&["--greedy", "-n", "5", "--load-state", &state, "And then?"]);
+    assert_eq!(next["state_tokens"].as_u64(), Some(before as u64));
+    let turn = ids(&next, "prompt_tokens");
+    let plain = ids(&home.json(&["--greedy", "-n", "5", "And then?"]), "prompt_tokens");
+    assert!(turn.len() > plain.len() && turn.ends_with(&plain), "{turn:?} {plain:?}");
+    assert_ne!(next["generated_tokens"], first["generated_tokens"]);
+}
+
+#[test]
+fn a_state_that_cannot_be_used_is_refused_before_the_weights_are_read() {
+    let home = Home::new();
+    let state = text(&home.path("a.state"));
+    home.succeed(&["run", "-q", "-n", "3", "--save-state", &state, PROMPT]);
+    let refused = |flags: &[&str], says: &str| {
+        let said = home.refuse(&[&["run", "--load-state"], flags].concat());
+        assert!(said.contains(says), "{flags:?}: {said}");
+    };
+    refused(&["nowhere.state", "p"], "nowhere.state: No such file");
+    refused(&[&home.write("text", "not a state at all"), "p"], "no file of --save-state");
+    refused(&[&state, "--exact", "p"], "activations");
+    refused(&[&state, "--experts-per-token", "2", "p"], "--experts-per-token 4");
+    refused(&[&state, "--context", "20", "p"], "the state has 26 tokens");
+    let other = converted();
+    let model = text(&other.path("container"));
+    refused(&[&state, "-m", &model, "p"], "give the model that it was made with");
+    let place = text(&home.path("no/such/place"));
+    let said = home.refuse(&["run", "--save-state", &place, PROMPT]);
+    assert!(said.contains("no/such/place"), "{said}");
+}
+
+#[test]
+fn a_kv_cache_with_less_than_f32_is_named_as_lossy_and_takes_less_memory() {
+    let home = Home::new();
+    let run = |flags: &[&str]| home.json(&[&["--greedy", "-n", "3"], flags, &[PROMPT]].concat());
+    let plain = run(&[]);
+    assert_eq!(
+        (&plain["settings"]["kv_cache"], &plain["lossy"]),
+        (&"f32".into(), &Value::Array(Vec::new()))
+    );
+    for format in ["f16", "bf16", "int8", "tq2", "k4v2"] {
+        let found = run(&["--kv-cache", format]);
+        assert_eq!(found["settings"]["kv_cache"], format);
+        assert!(found["lossy"][0].as_str().expect("a loss").contains(format), "{}", found["lossy"]);
+    }
+    let args = ["run", "--json", "-q", "-n", "1", PROMPT];
+    let output = home.command(&args).env("TQ_KV", "1").output().expect("the program starts");
+    let found: Value = serde_json::from_slice(&output.stdout).expect("one JSON object");
+    assert_eq!(found["settings"]["kv_cache"], "tq2");
+    let scratch = text(&home.path(""));
+    let kv_bytes = |flags: &[&str]| {
+        let args = [
+            &["plan", "--like", "qwen3.5-35b-a3b", "--memory", "64GiB", "--quick", "--json"],
+            flags,
+        ];
+        let plan: Value = serde_json::from_slice(
+            &home
+                .succeed(
+                    &[&args.concat()[..], &["--context", "131072", "--scratch", &scratch]].concat(),
+                )
+                .stdout,
+        )
+        .expect("one JSON object");
+        let lines = plan["memory"]["lines"].as_array().expect("lines").clone();
+        let line = lines.iter().find(|line| line["name"] == "KV cache").expect("the KV cache");
+        line["bytes"].as_u64().expect("bytes")
+    };
+    // Ten layers of two heads of 256: 68 bytes a vector in two bits, 512 in halves.
+    let (halves, codes) = (kv_bytes(&["--kv-cache", "f16"]), kv_bytes(&["--kv-cache", "tq2"]));
+    let vectors = 131_072 * 10 * 2 * 2;
+    assert!(halves >= vectors * 512 && halves < vectors * 512 * 21 / 20, "{halves}");
+    assert!(codes >= vectors * 68 && codes < vectors * 68 * 21 / 20, "{codes}");
+    let said = home.refuse(&["run", "--kv-sink", "64", PROMPT]);
+    assert!(said.contains("--kv-cache tq2"), "{said}");
+    let unknown = home.run(&["run", "--kv-cache", "int4", PROMPT]);
+    assert!(stderr(&unknown).contains("k4v2") && unknown.status.code() == Some(2));
 }

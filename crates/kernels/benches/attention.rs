@@ -3,6 +3,7 @@
 //!     cargo bench -p flash-moe-kernels --bench attention                every instruction set
 //!     cargo bench -p flash-moe-kernels --bench attention -- avx2        one of them
 //!     cargo bench -p flash-moe-kernels --bench attention -- --test      only the checks
+//!     cargo bench -p flash-moe-kernels --bench attention -- formats     the formats of the KV cache alone
 //!
 //! 16 query heads share 2 KV heads of 256. The two ways must agree before they are timed, in turns;
 //! each time is the best of several, since other work on the machine only ever adds time. Limits of
@@ -10,6 +11,8 @@
 
 #![allow(unsafe_code, reason = "a loop of single instructions, for the limit")]
 
+#[path = "attention/formats.rs"]
+mod formats;
 #[path = "../tests/random/mod.rs"]
 mod random;
 
@@ -39,7 +42,13 @@ fn main() {
         if only_check {
             Case { cache: &cache, isa, positions: 300, tokens: 1 }.check();
             Case { cache: &cache, isa, positions: 70, tokens: 20 }.check();
+            formats::run(isa, 256, true);
             println!("ok {}", isa.name());
+            continue;
+        }
+        if arguments.iter().any(|a| a == "formats") {
+            println!("{}", isa.name());
+            [1024, 4096, 32_768].into_iter().for_each(|n| formats::run(isa, n, false));
             continue;
         }
         let peak = multiply_adds(isa);

@@ -85,7 +85,7 @@ pub(crate) fn fma(a: Lanes, b: Lanes, c: Lanes) -> Lanes {
 /// The larger; a NaN where `b` is one.
 #[inline]
 #[target_feature(enable = "avx2,f16c,fma")]
-fn max_lanes(a: Lanes, b: Lanes) -> Lanes {
+pub(crate) fn max_lanes(a: Lanes, b: Lanes) -> Lanes {
     _mm256_max_ps(a, b)
 }
 
@@ -151,7 +151,7 @@ fn sum_four(a: Lanes, b: Lanes, c: Lanes, d: Lanes) -> Lanes {
 
 #[inline]
 #[target_feature(enable = "avx2,f16c,fma")]
-fn largest_lane(x: Lanes) -> f32 {
+pub(crate) fn largest_lane(x: Lanes) -> f32 {
     let x = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x));
     let x = _mm_max_ps(x, _mm_movehl_ps(x, x));
     _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)))

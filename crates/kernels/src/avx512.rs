@@ -85,7 +85,7 @@ pub(crate) fn fma(a: Lanes, b: Lanes, c: Lanes) -> Lanes {
 /// The larger; a NaN where `b` is one.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn max_lanes(a: Lanes, b: Lanes) -> Lanes {
+pub(crate) fn max_lanes(a: Lanes, b: Lanes) -> Lanes {
     _mm512_max_ps(a, b)
 }
 
@@ -142,7 +142,7 @@ fn sum_four(a: Lanes, b: Lanes, c: Lanes, d: Lanes) -> Lanes {
 
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn largest_lane(x: Lanes) -> f32 {
+pub(crate) fn largest_lane(x: Lanes) -> f32 {
     _mm512_reduce_max_ps(x)
 }
 

@@ -136,7 +136,7 @@ macro_rules! operations {
         /// Plain floats in f32.
         #[inline]
         #[target_feature(enable = $features)]
-        fn unpack_plain(format: Format, bytes: &[u8], out: &mut [f32]) {
+        pub(crate) fn unpack_plain(format: Format, bytes: &[u8], out: &mut [f32]) {
             let (whole, rest) = out.as_chunks_mut::<LANES>();
             let done = whole.len() * LANES;
             macro_rules! widened {
@@ -155,6 +155,17 @@ macro_rules! operations {
                 Format::F16 => widened!(2, widen_f16, |k| f16_to_f32(u16_at(bytes, k))),
                 Format::F32 => widened!(4, widen_f32, |k| f32_at(bytes, k)),
                 Format::Affine { .. } => {}
+            }
+        }
+
+        #[target_feature(enable = $features)]
+        pub(crate) fn unpack_scaled(codes: &[i8], scales: &[f32], out: &mut [f32]) {
+            let width = codes.len() / scales.len();
+            let rows = codes.chunks_exact(width).zip(out.chunks_exact_mut(width));
+            for ((codes, out), scale) in rows.zip(scales) {
+                for (code, out) in codes.iter().zip(out) {
+                    *out = f32::from(*code) * scale;
+                }
             }
         }
 

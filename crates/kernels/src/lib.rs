@@ -31,7 +31,11 @@ mod fixed;
 
 mod attention;
 
-pub use attention::{Gathered, KvRows, Queries};
+pub use attention::{
+    CODED_POSITIONS, CodeBits, CodedPage, CodedQueries, CodedRows, CodedScratch, Gathered, KvRows,
+    NARROW_POSITIONS, NarrowPage, NarrowRows, Order, Queries, can_code, decode, encode,
+    encode_int8, rotate, rotate_back,
+};
 pub use block::{Format, LayoutError, Rows, ScaleType, quantise_row};
 pub use fixed::{Fixed, FixedLayout, FixedMut, TILE_BYTES, TILE_ROWS, TileMut};
 pub use float::{

@@ -85,7 +85,7 @@ pub(crate) fn fma(a: Lanes, b: Lanes, c: Lanes) -> Lanes {
 /// The larger; a NaN where `b` is one.
 #[inline]
 #[target_feature(enable = "neon")]
-fn max_lanes(a: Lanes, b: Lanes) -> Lanes {
+pub(crate) fn max_lanes(a: Lanes, b: Lanes) -> Lanes {
     vmaxq_f32(a, b)
 }
 
@@ -135,7 +135,7 @@ fn sum_each(x: &[Lanes; LANES]) -> Lanes {
 
 #[inline]
 #[target_feature(enable = "neon")]
-fn largest_lane(x: Lanes) -> f32 {
+pub(crate) fn largest_lane(x: Lanes) -> f32 {
     vmaxvq_f32(x)
 }
 

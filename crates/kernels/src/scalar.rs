@@ -203,6 +203,20 @@ pub(crate) fn attend(
     }
 }
 
+pub(crate) fn unpack_plain(format: Format, bytes: &[u8], out: &mut [f32]) {
+    let row = Row { weight: bytes, ..Row::default() };
+    for (k, out) in out.iter_mut().enumerate() {
+        *out = weight_at(format, row, k);
+    }
+}
+
+pub(crate) fn unpack_scaled(codes: &[i8], scales: &[f32], out: &mut [f32]) {
+    let width = codes.len() / scales.len();
+    for (i, (code, out)) in codes.iter().zip(out).enumerate() {
+        *out = f32::from(*code) * scales[i / width];
+    }
+}
+
 /// `x / (1 + exp(-x))`.
 pub(crate) fn silu_of(x: f32) -> f32 {
     x / (1.0 + (-x).exp())

@@ -8,13 +8,16 @@
 //! The one idea: the cut depends on the numbers of tokens and of positions only, so the threads
 //! change no bit, and what is kept for a row does not grow with the context.
 
+mod buffers;
+
 use std::ops::Range;
 
-use flash_moe_kernels::{Gathered, Isa, Queries};
+use flash_moe_kernels::{Gathered, Isa};
 
 use crate::compute::{Compute, LINE_FLOATS, from_line, sized, with_scratch};
 use crate::kv_cache::{KvCache, PAGE_POSITIONS};
 use crate::shape::Attention;
+use buffers::Buffers;
 
 /// Query rows of an item at most: a page is read once for so many.
 const BLOCK_ROWS: usize = 64;
@@ -51,7 +54,7 @@ impl Gathering {
 
     /// Floats of a thread's scratch.
     pub fn thread_floats(a: &Attention) -> usize {
-        BLOCK_ROWS * (a.head_dim + PAGE_POSITIONS) + LINE_FLOATS
+        Buffers::floats(BLOCK_ROWS, a.head_dim) + LINE_FLOATS
     }
 }
 
@@ -143,26 +146,36 @@ fn gather(chunk: &Chunk, (kv_head, block, range): (usize, usize, usize), item: &
     let (mix, max, sum) = (&mut mix[..rows * a.head_dim], &mut max[..rows], &mut sum[..rows]);
     let mut gathered = Gathered { max, sum, mix };
     gathered.clear();
+    // Tokens that a row sees, its own included.
     let seen = |row: usize| queries.first + (first + row) / cut.group + 1;
     let mut visible = [0; BLOCK_ROWS];
     with_scratch(Gathering::thread_floats(a), |scratch| {
-        let (block, scores) = from_line(scratch).split_at_mut(rows * a.head_dim);
-        for (row, query) in block.chunks_exact_mut(a.head_dim).enumerate() {
+        let mut buffers = Buffers::of(from_line(scratch), rows, a.head_dim);
+        for (row, query) in buffers.queries.chunks_exact_mut(a.head_dim).enumerate() {
             let (token, head) = ((first + row) / cut.group, (first + row) % cut.group);
             let at = (token * a.heads + kv_head * cut.group + head) * queries.stride;
             query.copy_from_slice(&queries.rows[at..][..a.head_dim]);
         }
-        isa.scale(1.0 / (a.head_dim as f32).sqrt(), block);
+        isa.scale(1.0 / (a.head_dim as f32).sqrt(), buffers.queries);
         for page in cut.pages(range) {
+            // Rows of tokens so late that they see this page in codes: they are the last ones.
+            let coded_from = cache.coded_from(page).unwrap_or(usize::MAX);
+            let wide_rows = (0..rows).position(|row| seen(row) > coded_from).unwrap_or(rows);
+            if wide_rows < rows {
+                let page = cache.coded(kv_head, page);
+                buffers.attend_coded(*isa, &page, wide_rows, &mut gathered);
+            }
+            if wide_rows == 0 {
+                continue;
+            }
             // The last row sees most; it may see nothing of the last pages.
-            let positions = seen(rows - 1).saturating_sub(page * PAGE_POSITIONS);
+            let positions = seen(wide_rows - 1).saturating_sub(page * PAGE_POSITIONS);
             let positions = positions.min(PAGE_POSITIONS);
-            for (row, visible) in visible[..rows].iter_mut().enumerate() {
+            for (row, visible) in visible[..wide_rows].iter_mut().enumerate() {
                 *visible = seen(row).saturating_sub(page * PAGE_POSITIONS).min(positions);
             }
-            let queries = Queries { rows: block, visible: &visible[..rows] };
-            let page = cache.page(kv_head, page, positions);
-            isa.attend(&page, &queries, &mut gathered, &mut scores[..rows * positions]);
+            let page = cache.wide(kv_head, page, positions);
+            buffers.attend_wide(*isa, &page, &visible[..wide_rows], &mut gathered);
         }
     });
 }
@@ -187,6 +200,7 @@ fn merge(chunk: &Chunk, ranges: &[f32], row: usize, out: &mut [f32]) {
 mod tests {
     use super::*;
     use crate::compute::Arithmetic;
+    use crate::kv_cache::{KvFormat, KvShape};
     use crate::pool::Pool;
 
     fn shape(heads: usize, kv_heads: usize, head_dim: usize) -> Attention {
@@ -199,15 +213,55 @@ mod tests {
     }
 
     fn cache(a: &Attention, positions: usize) -> KvCache {
-        let width = a.kv_heads * a.head_dim;
-        let mut cache = KvCache::new(a.kv_heads, a.head_dim);
-        for position in 0..positions {
-            let row = |seed: usize| -> Vec<f32> {
-                (0..width).map(|i| number(seed + position * width + i)).collect()
-            };
-            cache.push(&row(1 << 32), &row(1 << 33));
-        }
+        let mut cache = KvCache::new(KvShape::of(a, KvFormat::F32));
+        append(a, &mut cache, positions);
         cache
+    }
+
+    fn append(a: &Attention, cache: &mut KvCache, positions: usize) {
+        let width = a.kv_heads * a.head_dim;
+        let from = cache.len() * width;
+        let row = |seed: usize| -> Vec<f32> {
+            (from..from + positions * width).map(|i| number(seed + i)).collect()
+        };
+        cache.append(&row(1 << 32), &row(1 << 33));
+    }
+
+    #[test]
+    fn a_token_sees_pages_in_codes_by_their_age_whatever_chunk_it_came_in() {
+        let a = shape(16, 2, 64);
+        let rows: Vec<f32> = (0..400 * 16 * 64).map(|i| 3.0 * number(i)).collect();
+        let compute =
+            Compute { isa: Isa::detect(), pool: Pool::new(2), arithmetic: Arithmetic::Exact };
+        for name in ["f32", "f16", "bf16", "int8", "tq2", "tq3", "k4v2"] {
+            let format = name.parse::<KvFormat>().expect("a format").with_window(1, 1);
+            let attended = |chunk: usize| {
+                let mut cache = KvCache::new(KvShape::of(&a, format));
+                let mut out = Vec::new();
+                for rows in rows.chunks(chunk * 16 * 64) {
+                    let first = cache.len();
+                    append(&a, &mut cache, rows.len() / (16 * 64));
+                    let queries = Projected { rows, stride: 64, first };
+                    let mut some = vec![0.0; rows.len()];
+                    let mut gathering = Gathering::default();
+                    attend(&compute, (&a, &cache), &queries, &mut gathering, &mut some, |_, _| {});
+                    cache.settle();
+                    out.extend(some);
+                }
+                assert_eq!(
+                    cache.bytes(),
+                    KvShape::of(&a, format).bytes(400) - 64 * cache.pages().count() as u64,
+                    "{name}"
+                );
+                out
+            };
+            let whole = attended(400);
+            for chunk in [1, 64, 150] {
+                for (i, (a, b)) in attended(chunk).iter().zip(&whole).enumerate() {
+                    assert!((a - b).abs() < 1e-5, "{name}, chunks of {chunk}, {i}: {a} {b}");
+                }
+            }
+        }
     }
 
     /// One row in f64, in two passes.

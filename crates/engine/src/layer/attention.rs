@@ -3,7 +3,7 @@
 //! Queries and keys are normed per head, then rotated; the cache holds keys after both. The gate is
 //! the raw second half of each head's query rows: no norm, no rotation.
 
-use flash_moe_kernels::Isa;
+use flash_moe_kernels::{Isa, rotate, rotate_back};
 
 use crate::compute::{Compute, Temporary, sized, with_scratch};
 use crate::kv_cache::KvCache;
@@ -104,23 +104,29 @@ pub fn attention(
             );
         }
     };
+    let is_rotated = cache.is_rotated();
     compute.pool.chunks2((projected, a.heads * stride), (keys, kv_width), |t, q, k| {
         turn(t, q, stride, &w.q_norm);
+        if is_rotated {
+            q.chunks_exact_mut(stride).for_each(|head| rotate(&mut head[..a.head_dim]));
+        }
         turn(t, k, a.head_dim, &w.k_norm);
     });
     let first = cache.len();
-    for (key, value) in keys.chunks_exact(kv_width).zip(values.chunks_exact(kv_width)) {
-        cache.push(key, value);
-    }
+    cache.append(keys, values);
 
     let rows = Projected { rows: projected, stride, first };
     let mixed = sized(&mut scratch.mixed, tokens * width);
     attend(compute, (a, cache), &rows, &mut scratch.gathering, mixed, |i, out| {
+        if is_rotated {
+            rotate_back(out);
+        }
         if a.gate {
             let gate = &rows.rows[i * stride + a.head_dim..][..a.head_dim];
             compute.isa.sigmoid_mul(gate, out);
         }
     });
+    cache.settle();
     compute.project(&w.o.rows(), mixed, out, tmp);
 }
 

@@ -24,6 +24,7 @@ const NORM_EPS: f32 = 1e-6;
 const HISTORY: usize = 4;
 
 /// What a delta-net layer remembers.
+#[derive(Clone)]
 pub struct DeltaState {
     /// S of each value head, `[value_heads][key_dim][value_dim]`.
     pub state: Vec<f32>,

@@ -6,12 +6,15 @@
 use anyhow::{Result, ensure};
 
 use super::check;
-use crate::options::bench::BenchArgs;
+use crate::options::bench::{BenchArgs, ContextState};
 
 /// Positions measured when none are asked for.
 const FRONTIERS: [usize; 3] = [512, 2048, 8192];
 /// Prompt length measured when none is asked for.
 const PREFILL: usize = 512;
+
+/// Tokens of real prompt at the start of a synthetic context.
+pub const SYNTHETIC_PROMPT: usize = 16;
 
 /// A course that fits.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -22,6 +25,8 @@ pub struct Course {
     pub prefill: Vec<usize>,
     /// Positions, ascending.
     pub frontiers: Vec<usize>,
+    /// Whether positions are reached with random keys and values instead of a prompt.
+    pub is_synthetic: bool,
     /// Tokens decoded cold and as many warm at each position.
     pub decode: usize,
     /// Times everything is run.
@@ -58,6 +63,13 @@ impl Course {
         }
         let mut prefill = wished(&args.prefill, &[PREFILL.min(limit)]);
         prefill.retain(|&n| fits(n, limit, &format!("a prompt of {n}"), &mut notes));
+        let is_synthetic = args.context_state == ContextState::Synthetic;
+        if is_synthetic {
+            notes.push(format!(
+                "contexts are SYNTHETIC: but for {SYNTHETIC_PROMPT} tokens, what is before a position \
+                 is random keys and values; times of attention hold, what is decoded means nothing"
+            ));
+        }
         let longest = prefill.iter().copied().max().unwrap_or(0);
         let last = frontiers.last().map_or(0, |at| at + decoded);
         let needed = longest.max(last).max(check::TOKENS);
@@ -65,6 +77,7 @@ impl Course {
             context: args.context.unwrap_or(needed),
             prefill,
             frontiers,
+            is_synthetic,
             decode: args.decode,
             repeat: args.repeat,
             notes,

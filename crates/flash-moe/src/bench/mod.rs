@@ -76,7 +76,7 @@ fn measure(args: &BenchArgs) -> Result<Report> {
     let open_seconds = started.elapsed().as_secs_f64();
     let prompt = prompt::random_ids(args.seed, course.prompt_tokens(), engine.vocabulary());
     let check = check::check(&engine, &prompt[..check::TOKENS])?;
-    let work = Work::of(engine.container(), engine.top_k())?;
+    let work = Work::of(engine.container(), engine.top_k())?.with_kv_cache(options.kv_cache);
     let quiet = args.quiet || args.json;
     let runs = Walk::new(&engine, &prompt, (&mut disk, depth), effort, quiet).run(&course)?;
     Ok(Report {

@@ -17,7 +17,7 @@ use flash_moe_engine::timing::Timing;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 
-use super::course::Course;
+use super::course::{Course, SYNTHETIC_PROMPT};
 use super::limits::{Disk, Effort};
 use super::prompt::likeliest;
 
@@ -104,7 +104,10 @@ impl<'a> Walk<'a> {
             }
             let mut session = Session::new(self.engine);
             for &at in &course.frontiers {
-                self.prefill(&mut session, at, PoolState::Warm)?;
+                match course.is_synthetic {
+                    true => self.fill(&mut session, at)?,
+                    false => self.prefill(&mut session, at, PoolState::Warm)?,
+                }
                 // Warm first: the pool is then as a prompt leaves it, which is what a user meets.
                 self.decode(&mut session, course.decode, PoolState::Warm)?;
                 self.engine.store().forget();
@@ -127,6 +130,19 @@ impl<'a> Walk<'a> {
             likeliest(session.logits()).map(|_| ())
         })?;
         bar.finish_and_clear();
+        Ok(())
+    }
+
+    /// Goes to position `end` with random keys and values, after a few tokens of real prompt.
+    fn fill(&self, session: &mut Session, end: usize) -> Result<()> {
+        if session.position() == 0 {
+            let start = &self.prompt[..SYNTHETIC_PROMPT.min(end)];
+            session.prefill(start, &mut |_| ControlFlow::Continue(()))?;
+        }
+        let rest = &self.prompt[session.position()..end];
+        if !rest.is_empty() {
+            session.fill_synthetic(rest)?;
+        }
         Ok(())
     }
 

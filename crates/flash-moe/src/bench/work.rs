@@ -6,7 +6,7 @@
 
 use anyhow::Result;
 use flash_moe_engine::container::Container;
-use flash_moe_engine::kv_cache::KvCache;
+use flash_moe_engine::kv_cache::{KvFormat, KvShape};
 use flash_moe_engine::shape::{Mix, Shape};
 use flash_moe_engine::timing::Stage;
 
@@ -33,6 +33,8 @@ pub struct Work {
     pub top_k: usize,
     /// Bytes of an expert's record.
     pub record_bytes: u64,
+    /// How keys and values are kept; f32 unless it is set.
+    pub kv_cache: KvFormat,
     dense: [Matrices; Stage::ALL.len()],
 }
 
@@ -60,7 +62,7 @@ impl Work {
                 dense[stage as usize].bytes += bytes;
             }
         }
-        Ok(Self { shape: shape.clone(), top_k, record_bytes, dense })
+        Ok(Self { shape: shape.clone(), top_k, record_bytes, kv_cache: KvFormat::F32, dense })
     }
 
     /// The work of a container's model with `top_k` experts for a token.
@@ -73,6 +75,11 @@ impl Work {
             let precision = container.precision(&matrix.name, rows, cols)?;
             Ok(precision.format().matrix_bytes(rows, cols) as u64)
         })
+    }
+
+    /// The same with keys and values kept otherwise.
+    pub fn with_kv_cache(self, kv_cache: KvFormat) -> Self {
+        Self { kv_cache, ..self }
     }
 
     /// Dense matrices of a stage.
@@ -130,8 +137,7 @@ impl Work {
     }
 
     fn kv_bytes(&self, position: usize) -> f64 {
-        let a = &self.shape.attention;
-        let each = KvCache::bytes(a.kv_heads, a.head_dim, position);
+        let each = KvShape::of(&self.shape.attention, self.kv_cache).bytes(position);
         self.shape.count(Mix::Attention) as f64 * each as f64
     }
 

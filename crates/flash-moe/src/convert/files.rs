@@ -39,6 +39,14 @@ impl PartialFile {
         write_all_at(&self.file, bytes, offset).map_err(|e| write_error(&self.partial, e))
     }
 
+    /// Gives the file up.
+    ///
+    /// # Errors
+    /// The directory cannot be written.
+    pub fn discard(self) -> Result<()> {
+        std::fs::remove_file(&self.partial).map_err(|e| write_error(&self.partial, e))
+    }
+
     /// Flushes the file to the disk and gives it its name.
     ///
     /// # Errors
@@ -124,7 +132,7 @@ pub fn partial_path(path: &Path) -> PathBuf {
 fn write_error(path: &Path, error: io::Error) -> Error {
     let hint = match error.kind() {
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
-            "the disk is full; free some space and run the same command again, it finishes the rest"
+            "the disk is full; free some space and run the same command again"
         }
         io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => "cannot write there",
         _ => "writing failed",

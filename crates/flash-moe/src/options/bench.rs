@@ -5,7 +5,7 @@
 
 use std::path::PathBuf;
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 
 use super::convert::Bits;
 use super::engine::{EngineArgs, at_least_one};
@@ -13,6 +13,7 @@ use super::engine::{EngineArgs, at_least_one};
 const BENCH_EXAMPLES: &str = "Examples:
   flash-moe bench -m DIR --memory 6GiB
   flash-moe bench -m DIR --context-at 512,2048 --decode 64 --repeat 3 --csv bench.csv
+  flash-moe bench -m DIR --kv-cache tq2 --context-state synthetic --context-at 1024,65536,131000
   flash-moe bench -m DIR --json --quick | jq '.runs[] | select(.phase == \"decode\")'
 
 The tables are explained in docs/bench.md. Nothing is timed before the model's answer was checked:
@@ -46,6 +47,11 @@ pub struct BenchArgs {
     #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = at_least_one)]
     pub context_at: Vec<usize>,
 
+    /// How the context before those positions comes about. With synthetic contexts no prompt is
+    /// timed but those of --prefill.
+    #[arg(long, value_enum, default_value_t = ContextState::Read)]
+    pub context_state: ContextState,
+
     /// Tokens decoded at each position, once cold and once warm.
     #[arg(long, value_name = "N", default_value = "32", value_parser = at_least_one)]
     pub decode: usize,
@@ -77,6 +83,16 @@ pub struct BenchArgs {
     /// Print no progress.
     #[arg(long, short)]
     pub quiet: bool,
+}
+
+/// Values of `--context-state`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub enum ContextState {
+    /// A prompt is read up to each position.
+    Read,
+    /// The KV cache is filled with random keys and values in place of most of it: as costly to
+    /// attend to as a real context, reached in seconds, and without any meaning.
+    Synthetic,
 }
 
 /// Say what this machine will do with a model, before it is loaded or even downloaded.

@@ -11,6 +11,7 @@ use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
 use flash_moe_engine::container::Container;
 use flash_moe_engine::engine::Options;
+use flash_moe_engine::kv_cache::{KvFormat, PAGE_POSITIONS};
 use flash_moe_engine::store::{IoMode, Reader};
 use flash_moe_engine::tokenizer::{TOKENIZER_FILE, Tokenizer};
 use flash_moe_engine::{Arithmetic, Lookahead};
@@ -66,6 +67,22 @@ pub struct EngineArgs {
     /// Who makes the expert reads; to compare and to diagnose. Never changes the numbers.
     #[arg(long, value_enum, default_value_t = ReaderChoice::Threads, help_heading = "Machine")]
     pub reader: ReaderChoice,
+
+    /// How keys and values are kept: f32, f16, bf16, int8, tq2, tq3, tq4, or keys and values apart,
+    /// k4v2. All but f32 are LOSSY and save memory and, in long contexts, time: docs/kv-cache.md has
+    /// what each costs [default: f32, or tq2 with TQ_KV=1 in the environment].
+    #[arg(long, value_name = "FORMAT", help_heading = "Machine")]
+    pub kv_cache: Option<KvFormat>,
+
+    /// With --kv-cache tq..: positions at the start that stay in f16, in whole pages of 64
+    /// [default: 64].
+    #[arg(long, value_name = "N", help_heading = "Machine")]
+    pub kv_sink: Option<usize>,
+
+    /// With --kv-cache tq..: latest positions that stay in f16 at least, in whole pages of 64
+    /// [default: 256].
+    #[arg(long, value_name = "N", help_heading = "Machine")]
+    pub kv_recent: Option<usize>,
 
     /// Prompt tokens computed together. Larger chunks read each expert less often and take more
     /// memory.
@@ -218,6 +235,7 @@ impl EngineArgs {
             memory_bytes: self.memory,
             context,
             io: self.io.mode(),
+            kv_cache: self.kv_format()?,
             experts_per_token: self.experts_per_token,
             prefill_chunk: self.prefill_chunk,
             readers: self.readers,
@@ -228,6 +246,30 @@ impl EngineArgs {
         })
     }
 
+    /// The same with keys and values as they are computed.
+    pub fn with_plain_kv_cache(&self) -> Self {
+        Self { kv_cache: Some(KvFormat::F32), kv_sink: None, kv_recent: None, ..self.clone() }
+    }
+
+    /// How keys and values are kept.
+    fn kv_format(&self) -> Result<KvFormat> {
+        let original = || environment::original_kv_codes().then(KvFormat::original);
+        let format = self.kv_cache.or_else(original).unwrap_or(KvFormat::F32);
+        let pages = |positions: usize| positions.div_ceil(PAGE_POSITIONS);
+        let (sink, recent) = (self.kv_sink.map(pages), self.kv_recent.map(pages));
+        match format.codes() {
+            Some(codes) => Ok(format.with_window(
+                sink.unwrap_or(codes.sink_pages),
+                recent.unwrap_or(codes.recent_pages),
+            )),
+            None if sink.or(recent).is_some() => bail!(
+                "--kv-sink and --kv-recent are what codes leave in f16: they need --kv-cache tq2 or \
+                 another of its kind"
+            ),
+            None => Ok(format),
+        }
+    }
+
     /// What about these flags makes the output differ from the model's own, in words.
     pub fn lossy(&self, container: &Container) -> Vec<String> {
         let trained = container.shape().moe.top_k;
@@ -235,7 +277,10 @@ impl EngineArgs {
         let fewer = fewer
             .map(|k| format!("experts for each token: {k}, the model was trained with {trained}"));
         let coarse = self.fast.then(|| "--fast: activations in 8-bit integers".to_string());
-        fewer.into_iter().chain(coarse).collect()
+        // Flags that contradict each other are an error elsewhere, before a model runs.
+        let kept = self.kv_format().unwrap_or(KvFormat::F32);
+        let kept = kept.loss().map(|loss| format!("--kv-cache {kept}: {loss}"));
+        fewer.into_iter().chain(coarse).chain(kept).collect()
     }
 
     fn arithmetic(&self) -> Arithmetic {

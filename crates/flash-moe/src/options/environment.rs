@@ -1,6 +1,7 @@
 //! Everything the program takes from the environment, read here and nowhere else.
 //!
-//! Three things: where caches go, whether colour is wanted, and which streams are terminals.
+//! Four things: where caches go, whether colour is wanted, which streams are terminals, and the original
+//! engine's `TQ_KV`.
 
 use std::env;
 use std::ffi::OsString;
@@ -28,6 +29,11 @@ pub fn cache_dir() -> Option<PathBuf> {
         }
     };
     Some(base.join("flash-moe"))
+}
+
+/// Whether the original engine's variable asks for its compressed keys and values.
+pub fn original_kv_codes() -> bool {
+    set("TQ_KV").is_some_and(|value| value == "1")
 }
 
 /// Whether text on standard output may be dimmed: it is a terminal that can, and nobody objects.

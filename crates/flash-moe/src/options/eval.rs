@@ -26,7 +26,8 @@ pub struct EvalArgs {
     #[arg(long, value_name = "FILE")]
     pub text: PathBuf,
 
-    /// The reference: a container with the same vocabulary.
+    /// The reference: a container with the same vocabulary, the same one to measure what a
+    /// --kv-cache costs. Its own keys and values are always kept in f32.
     #[arg(long, value_name = "DIR")]
     pub against: Option<PathBuf>,
 

@@ -70,6 +70,8 @@ mod tests {
             &["--memory", "6 potatoes", "p"],
             &["--threads", "0", "p"],
             &["--stop", "", "p"],
+            &["--load-state", "file", "--system", "x", "p"],
+            &["--load-state", "file", "--trace", "t", "--raw", "p"],
             &["two", "prompts"],
         ] {
             let line = ["flash-moe", "run"].iter().chain(flags);

@@ -20,6 +20,8 @@ Examples:
   flash-moe run -m DIR --memory 12GiB --context 32768 -f question.txt
   git diff | flash-moe run -m DIR --system \"Write a commit message.\" -
   flash-moe run --raw --greedy --max-tokens 40 \"Once upon a time\"
+  flash-moe run -m DIR -f book.txt --save-state book.state
+  flash-moe run -m DIR --load-state book.state \"And who is the narrator?\"
   flash-moe run --json --seed 7 \"Hello\" | jq .text
 
 The answer goes to standard output, everything else to standard error. Exit status: 0, or 1 on an
@@ -41,6 +43,9 @@ pub struct RunArgs {
     /// What is kept for the next run.
     #[command(flatten)]
     pub hot_set: HotSetArgs,
+    /// A conversation kept in a file.
+    #[command(flatten)]
+    pub state: StateArgs,
     /// Thinking and length.
     #[command(flatten)]
     pub length: LengthArgs,
@@ -76,6 +81,21 @@ pub struct PromptArgs {
     /// System prompt.
     #[arg(long, value_name = "TEXT")]
     pub system: Option<String>,
+}
+
+/// A conversation kept in a file.
+#[derive(Args, Debug)]
+pub struct StateArgs {
+    /// After the answer, write everything the model remembers of prompt and answer to a file, to go
+    /// on from there without reading them again.
+    #[arg(long, value_name = "FILE", help_heading = "State")]
+    pub save_state: Option<PathBuf>,
+
+    /// Go on from a file of --save-state, made with the same model and settings: the prompt is the
+    /// next turn of that conversation; with --raw, text that follows as it stands, and an empty one
+    /// goes on with the answer.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["system", "trace"], help_heading = "State")]
+    pub load_state: Option<PathBuf>,
 }
 
 /// How long the answer may be, and where it stops.

@@ -68,7 +68,7 @@ impl Subject {
             name: container.manifest().name.clone(),
             dense_bytes: demand.dense_bytes,
             slot_bytes: demand.slot_bytes,
-            work: Work::of(&container, top_k)?,
+            work: Work::of(&container, top_k)?.with_kv_cache(options.kv_cache),
             shape,
             options,
             container: Some(container),
@@ -98,7 +98,8 @@ impl Subject {
             name: format!("{model}, experts {}, the rest {} bits", args.bits, args.dense_bits),
             dense_bytes: inventory::trunk(&shape).iter().map(|dense| bytes(dense.kind)).sum(),
             slot_bytes: layout.padded_bytes() as u64,
-            work: Work::new(&shape, top_k, record_bytes, |dense, _, _| Ok(bytes(dense.kind)))?,
+            work: Work::new(&shape, top_k, record_bytes, |dense, _, _| Ok(bytes(dense.kind)))?
+                .with_kv_cache(options.kv_cache),
             shape,
             options,
             container: None,

@@ -47,6 +47,9 @@ pub fn prefill(
     interrupt: &Interrupt,
     mut progress: impl FnMut(usize),
 ) -> Result<bool> {
+    if prompt.is_empty() {
+        return Ok(true);
+    }
     let taken = session.prefill(prompt, &mut |done| {
         progress(done);
         if interrupt.is_pressed() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }

@@ -12,6 +12,7 @@ mod thinking;
 mod trace;
 
 use std::io::{self, Write};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -31,6 +32,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use crate::hot_set::HotSetFile;
 use crate::options::environment;
 use crate::options::run::RunArgs;
+use crate::state_file::{NewState, SavedState};
 use answer::{Answer, Show};
 use generate::{Finish, Limits, generate, prefill};
 use interrupt::Interrupt;
@@ -44,11 +46,14 @@ struct Run<'a> {
     engine: Arc<Engine>,
     hot_set: Option<HotSetFile>,
     tokenizer: Option<Tokenizer>,
+    state: Option<SavedState>,
+    new_state: Option<NewState>,
     prompt: Vec<TokenId>,
     sampling: Sampling,
     eos: Vec<TokenId>,
     interrupt: Interrupt,
     loaded: Duration,
+    start: usize, // position at which the prompt begins
 }
 
 /// What came of it.
@@ -70,8 +75,12 @@ struct Outcome {
 /// Whatever the flags, the prompt, the model or the engine have to say.
 pub fn run(args: &RunArgs) -> Result<ExitCode> {
     let trace = trace_file(args)?;
-    let run = Run::prepare(args)?;
+    let mut run = Run::prepare(args)?;
     let mut session = Session::new(&run.engine);
+    if let Some(state) = run.state.take() {
+        session.adopt(state.load(&run.engine)?)?;
+    }
+    run.start = session.position();
     if trace.is_some() {
         session.record();
     }
@@ -79,7 +88,11 @@ pub fn run(args: &RunArgs) -> Result<ExitCode> {
     if let Some(trace) = trace {
         trace.write(session.take_trace(), &run.prompt, &outcome.tokens)?;
     }
+    let answer = outcome.tokens.clone();
     let status = run.tell(&session, outcome)?;
+    if let Some(file) = run.new_state.take() {
+        run.keep(&mut session, &answer, file)?;
+    }
     run.hot_set.iter().for_each(|file| file.save(&run.engine));
     Ok(status)
 }
@@ -96,7 +109,13 @@ impl<'a> Run<'a> {
         let prompt = prompt::read(args, &model)?;
         let options = args.engine.engine_options(&model, args.length.context)?;
         let budget = Budget::plan(&model.container, &options)?;
-        check_length(prompt.tokens.len(), &budget, model.container.shape().max_positions)?;
+        let open = |path: &PathBuf| SavedState::open(path, &model.container, &options);
+        let state = args.state.load_state.as_ref().map(open).transpose()?;
+        let before = state.as_ref().map_or(0, SavedState::position);
+        let most = model.container.shape().max_positions;
+        check_length((before, prompt.tokens.len()), &budget, most)?;
+        let create = |path: &PathBuf| NewState::create(path);
+        let new_state = args.state.save_state.as_ref().map(create).transpose()?;
         let lossy = args.engine.lossy(&model.container).into_iter().map(|l| format!("lossy: {l}"));
         for note in lossy.chain(prompt.notes) {
             eprintln!("flash-moe: note: {note}");
@@ -117,11 +136,14 @@ impl<'a> Run<'a> {
             engine,
             hot_set,
             tokenizer: model.tokenizer,
+            state,
+            new_state,
             prompt: prompt.tokens,
             sampling,
             eos,
             interrupt,
             loaded: started.elapsed(),
+            start: 0,
         })
     }
 
@@ -129,9 +151,6 @@ impl<'a> Run<'a> {
     fn answer(&self, session: &mut Session) -> Result<Outcome> {
         let length = &self.args.length;
         let tokenizer = self.tokenizer.as_ref();
-        let mut thinking = Thinking::after(&self.prompt, tokenizer, length.think_budget);
-        let mut sampler = Sampler::new(self.sampling.clone(), &self.prompt)?;
-
         let started = Instant::now();
         let bar = prefill_bar(self.args, self.prompt.len());
         let progress = |done| bar.set_position(done as u64);
@@ -141,6 +160,8 @@ impl<'a> Run<'a> {
         let prefill_reads = self.engine.store().counters();
         let prefill_timing = session.timing().clone();
         session.mark("prefill");
+        let mut thinking = Thinking::after(session.tokens(), tokenizer, length.think_budget);
+        let mut sampler = Sampler::new(self.sampling.clone(), session.tokens())?;
 
         let mut answer = Answer::new(io::stdout().lock(), show(self.args), tokenizer, &length.stop);
         let limits =
@@ -152,7 +173,7 @@ impl<'a> Run<'a> {
             })?,
             false => (Vec::new(), Finish::Interrupted),
         };
-        if session.position() > self.prompt.len() {
+        if session.position() > self.end_of_prompt() {
             session.mark("decode");
         }
         let (text, thinking) = answer.finish(thinking.is_inside()).context("standard output")?;
@@ -170,12 +191,37 @@ impl<'a> Run<'a> {
         })
     }
 
+    /// Position at which the answer begins.
+    fn end_of_prompt(&self) -> usize {
+        self.start + self.prompt.len()
+    }
+
+    /// Writes the state of prompt and answer. The last token of the answer was shown and need not
+    /// have been taken, since nothing followed it.
+    fn keep(&self, session: &mut Session, answer: &[TokenId], file: NewState) -> Result<()> {
+        if session.position() < self.end_of_prompt() {
+            eprintln!("flash-moe: note: no state saved: the prompt was interrupted");
+            return file.discard();
+        }
+        let is_full = session.position() == self.engine.context();
+        match answer.last() {
+            Some(_) if session.position() == self.end_of_prompt() + answer.len() => {}
+            Some(_) if is_full => {
+                let what = "the context is full: the answer's last token is not in the state";
+                eprintln!("flash-moe: note: {what}");
+            }
+            Some(&last) => session.step(last)?,
+            None => {}
+        }
+        file.write(session)
+    }
+
     /// Prints what was asked for beside the answer.
     fn tell(&self, session: &Session, outcome: Outcome) -> Result<ExitCode> {
         let finish = outcome.finish;
         let decode_timing = session.timing().since(&outcome.prefill_timing);
         if self.args.output.timing {
-            let decoded = session.position().saturating_sub(self.prompt.len());
+            let decoded = session.position().saturating_sub(self.end_of_prompt());
             let prompt = self.prompt.len();
             eprintln!("{}", report::timing_table("prefill", &outcome.prefill_timing, prompt));
             eprintln!("{}", report::timing_table("decode", &decode_timing, decoded));
@@ -198,10 +244,11 @@ impl<'a> Run<'a> {
     fn report(&self, session: &Session, outcome: Outcome, decode_timing: &Timing) -> Report {
         let engine = &self.engine;
         let ids = |tokens: &[TokenId]| tokens.iter().map(|t| t.0).collect::<Vec<u32>>();
-        let decoded = session.position().saturating_sub(self.prompt.len());
+        let decoded = session.position().saturating_sub(self.end_of_prompt());
         let decode_time = outcome.whole - outcome.first_token;
         Report {
             model: engine.container().manifest().name.clone(),
+            state_tokens: self.start,
             prompt_tokens: ids(&self.prompt),
             generated_tokens: ids(&outcome.tokens),
             finish_reason: outcome.finish,
@@ -233,6 +280,7 @@ impl<'a> Run<'a> {
             threads: options.threads,
             isa: options.isa.name(),
             activations: engine.options().arithmetic.name(),
+            kv_cache: options.kv_cache.to_string(),
             io: engine.store().choice().name(),
             io_why: engine.store().choice().why.clone(),
             readers: options.readers,
@@ -258,17 +306,22 @@ fn trace_file(args: &RunArgs) -> Result<Option<TraceFile>> {
     TraceFile::create(path).map(Some)
 }
 
-fn check_length(tokens: usize, budget: &Budget, max_positions: usize) -> Result<()> {
+fn check_length(
+    (before, tokens): (usize, usize),
+    budget: &Budget,
+    max_positions: usize,
+) -> Result<()> {
     let context = budget.context;
-    if tokens <= context {
+    if before + tokens <= context {
         return Ok(());
     }
-    let advice = match tokens <= max_positions {
+    let advice = match before + tokens <= max_positions {
         true => format!("; raise --context, up to {max_positions}"),
         false if context == max_positions => ", which is all this model takes".into(),
         false => format!("; this model takes at most {max_positions}"),
     };
-    bail!("the prompt has {tokens} tokens, the context holds {context}{advice}");
+    let state = if before > 0 { format!("the state has {before} tokens, ") } else { String::new() };
+    bail!("{state}the prompt has {tokens} tokens, the context holds {context}{advice}");
 }
 
 fn show(args: &RunArgs) -> Show {

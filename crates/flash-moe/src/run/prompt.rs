@@ -19,7 +19,7 @@ use crate::options::run::RunArgs;
 /// A prompt that is ready for the model.
 #[derive(Debug)]
 pub struct Prompt {
-    /// Its ids; at least one.
+    /// Its ids; at least one, unless a state is continued as it is.
     pub tokens: Vec<TokenId>,
     /// What the user should know about how it was made.
     pub notes: Vec<String>,
@@ -43,6 +43,9 @@ pub fn read(args: &RunArgs, model: &Model) -> Result<Prompt> {
     };
     let text = text(args)?;
     let is_empty = if args.prompt.raw { text.is_empty() } else { text.trim().is_empty() };
+    if is_empty && args.prompt.raw && args.state.load_state.is_some() {
+        return Ok(Prompt { tokens: Vec::new(), notes: Vec::new() });
+    }
     if is_empty {
         bail!("the prompt is empty");
     }
@@ -77,13 +80,21 @@ fn text(args: &RunArgs) -> Result<String> {
     Ok(text)
 }
 
-/// The text of a conversation with one user turn, open for the answer.
+/// Stands for the answer that a state ends with.
+const ANSWER: &str = "[the answer before]";
+
+/// The text of a conversation with one user turn, open for the answer; for a state that is loaded,
+/// what follows its answer in a conversation with one more turn.
 fn chat(args: &RunArgs, model: &Model, text: &str, notes: &mut Vec<String>) -> Result<String> {
     let template = ChatTemplate::open(model.container.dir())
         .context("--raw continues the prompt without a template")?;
     let mut messages = Vec::new();
     if let Some(system) = &args.prompt.system {
         messages.push(json!({ "role": "system", "content": system }));
+    }
+    if args.state.load_state.is_some() {
+        messages.push(json!({ "role": "user", "content": "" }));
+        messages.push(json!({ "role": "assistant", "content": ANSWER }));
     }
     messages.push(json!({ "role": "user", "content": text }));
     let thinking = args.length.thinking();
@@ -92,7 +103,17 @@ fn chat(args: &RunArgs, model: &Model, text: &str, notes: &mut Vec<String>) -> R
     }
     let conversation =
         Conversation { messages: &messages, tools: &[], generation_prompt: true, thinking };
-    Ok(template.render(&conversation)?)
+    let rendered = template.render(&conversation)?;
+    if args.state.load_state.is_none() {
+        return Ok(rendered);
+    }
+    match rendered.split_once(ANSWER) {
+        Some((_, follows)) => Ok(follows.into()),
+        None => bail!(
+            "this model's chat template does not show earlier answers, so no turn can follow one; \
+             --raw continues the text as it stands"
+        ),
+    }
 }
 
 /// Ids written as numbers, or as the original engine writes them: a 32-bit count, then 32-bit ids.

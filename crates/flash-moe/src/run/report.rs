@@ -21,6 +21,8 @@ use crate::read_ahead::ReadAhead;
 pub struct Report {
     /// Name of the model, from its manifest.
     pub model: String,
+    /// Tokens of the state that was loaded before the prompt; 0 without.
+    pub state_tokens: usize,
     /// Ids of the prompt.
     pub prompt_tokens: Vec<u32>,
     /// Ids of the output, without the end-of-text token.
@@ -110,6 +112,8 @@ pub struct Settings {
     pub isa: &'static str,
     /// Precision of the activations.
     pub activations: &'static str,
+    /// How keys and values were kept.
+    pub kv_cache: String,
     /// How experts were read: `direct` or `buffered`.
     pub io: &'static str,
     /// What decided that.
@@ -174,7 +178,11 @@ impl Report {
         let speed =
             |rate: Option<f64>| rate.map_or_else(String::new, |r| format!(" at {r:.1} tok/s"));
         let mut line = format!(
-            "prompt {} tokens{}, first token after {:.2} s; generated {} tokens{}",
+            "{}prompt {} tokens{}, first token after {:.2} s; generated {} tokens{}",
+            match self.state_tokens {
+                0 => String::new(),
+                tokens => format!("state of {tokens} tokens, "),
+            },
             self.prompt_tokens.len(),
             speed(self.prefill_tokens_per_second),
             self.timings.ttft_ms / 1e3,
@@ -324,6 +332,7 @@ mod tests {
         };
         Report {
             model: "m".into(),
+            state_tokens: 0,
             prompt_tokens: vec![1, 2],
             generated_tokens: vec![3, 4, 5],
             finish_reason: Finish::Stop,
@@ -340,6 +349,7 @@ mod tests {
                 threads: 2,
                 isa: "scalar",
                 activations: "f32",
+                kv_cache: "f32".into(),
                 io: "direct",
                 io_why: "asked for".into(),
                 readers: 8,

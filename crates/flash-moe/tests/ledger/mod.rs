@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use flash_moe_engine::budget::Budget;
 use flash_moe_engine::container::Container;
 use flash_moe_engine::engine::Options;
+use flash_moe_engine::kv_cache::KvFormat;
 use flash_moe_engine::store::{IoMode, Reader};
 use flash_moe_engine::{Arithmetic, Lookahead};
 use flash_moe_kernels::Isa;
@@ -45,6 +46,7 @@ pub fn options(container: &Container, isa: Isa) -> Options {
         memory_bytes: Some(1 << 30),
         context: Some(CONTEXT),
         io: IoMode::Buffered,
+        kv_cache: KvFormat::F32,
         experts_per_token: None,
         prefill_chunk: 512,
         readers: 1,

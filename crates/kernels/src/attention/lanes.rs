@@ -141,7 +141,7 @@ macro_rules! attention_operations {
         /// the factor that brings older weights to the same level, and the sum of the new ones.
         #[inline]
         #[target_feature(enable = $features)]
-        fn weigh(scores: &mut [f32], max: &mut f32) -> (f32, f32) {
+        pub(crate) fn weigh(scores: &mut [f32], max: &mut f32) -> (f32, f32) {
             let (whole, rest) = scores.as_chunks::<LANES>();
             let mut maxima = splat(*max);
             for scores in whole {

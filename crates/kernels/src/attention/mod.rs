@@ -9,7 +9,17 @@
 //! the scores touch keys and only the mix touches values, so a page in another format needs those
 //! two and nothing else.
 
+pub(crate) mod coded_lanes;
 pub(crate) mod lanes;
+
+pub(crate) mod coded;
+mod narrow;
+
+pub use coded::{
+    CODED_POSITIONS, CodeBits, CodedPage, CodedQueries, CodedRows, CodedScratch, Order, can_code,
+    decode, encode, rotate, rotate_back,
+};
+pub use narrow::{NARROW_POSITIONS, NarrowPage, NarrowRows, encode_int8};
 
 use crate::isa::{Isa, Kind, dispatch};
 

@@ -15,6 +15,12 @@ use super::{
     AHEAD_BYTES, BLOCK_TOKENS, FACTORS, Fixed, FixedLayout, FixedMut, ROW_BLOCK, STEP_COLS, Step,
     TILE_ROWS, TileMut, first_bytes, padded, quarter_start, windows,
 };
+use crate::attention::Gathered;
+use crate::attention::coded::{
+    CODED_POSITIONS, CodeBits, CodedPage, CodedQueries, CodedRows, CodedScratch, LEVEL_ZERO,
+    QUERY_LARGEST, SIDE, TINY, UNIT, WEIGHT_LARGEST, code_bytes, code_words,
+};
+use crate::attention::coded_lanes::coded_operations;
 use crate::avx2::{
     self as floats, LANES, Lanes, add_lanes, fma, load, load_part as first_floats, mul_lanes,
     splat, store, sum_lanes,
@@ -27,6 +33,7 @@ type Ints = __m256i;
 const BLOCK_PANELS: usize = 2;
 
 fixed_operations!("avx2,f16c,fma");
+coded_operations!("avx2,f16c,fma");
 
 /// Adds to each i32 the products of four unsigned and four signed bytes.
 #[inline]
@@ -287,4 +294,24 @@ fn plane<const BITS: usize>(x: Bytes, plane: usize) -> Bytes {
         _ => _mm256_srli_epi16::<6>(x),
     };
     _mm256_and_si256(shifted, mask)
+}
+
+/// The bytes of a table that codes below 16 name.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn look_up(table: &[u8; 16], codes: Bytes) -> Bytes {
+    // SAFETY: the reference is to 16 readable bytes; the instruction needs no alignment.
+    let table = unsafe { _mm_loadu_si128(table.as_ptr().cast()) };
+    _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(table), codes)
+}
+
+/// Codes of two bits with a bit of plane `p` of eight above them.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn with_third_bit(low: Bytes, top: Bytes, p: usize) -> Bytes {
+    let bit = match p {
+        0..2 => _mm256_sll_epi16(top, _mm_cvtsi32_si128(2 - p as i32)),
+        _ => _mm256_srl_epi16(top, _mm_cvtsi32_si128(p as i32 - 2)),
+    };
+    _mm256_or_si256(low, _mm256_and_si256(bit, _mm256_set1_epi8(4)))
 }

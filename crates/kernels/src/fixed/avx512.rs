@@ -14,6 +14,12 @@ use super::{
     AHEAD_BYTES, BLOCK_TOKENS, FACTORS, Fixed, FixedLayout, FixedMut, ROW_BLOCK, STEP_COLS, Step,
     TILE_ROWS, TileMut, padded,
 };
+use crate::attention::Gathered;
+use crate::attention::coded::{
+    CODED_POSITIONS, CodeBits, CodedPage, CodedQueries, CodedRows, CodedScratch, LEVEL_ZERO,
+    QUERY_LARGEST, SIDE, TINY, UNIT, WEIGHT_LARGEST, code_bytes, code_words,
+};
+use crate::attention::coded_lanes::coded_operations;
 use crate::avx512::{
     self as floats, LANES, Lanes, add_lanes, fma, load, mul_lanes, splat, store, sum_lanes,
 };
@@ -25,6 +31,7 @@ pub(super) type Ints = __m512i;
 pub(super) const BLOCK_PANELS: usize = 4;
 
 fixed_operations!("avx512f,avx512bw,avx512dq,avx512vl,f16c,fma");
+coded_operations!("avx512f,avx512bw,avx512dq,avx512vl,f16c,fma");
 
 /// Adds to each i32 the products of four unsigned and four signed bytes.
 #[inline]
@@ -264,4 +271,24 @@ pub(super) fn plane<const BITS: usize>(x: Bytes, plane: usize) -> Bytes {
         _ => _mm512_srli_epi16::<6>(x),
     };
     _mm512_and_si512(shifted, mask)
+}
+
+/// The bytes of a table that codes below 16 name.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+pub(super) fn look_up(table: &[u8; 16], codes: Bytes) -> Bytes {
+    // SAFETY: the reference is to 16 readable bytes; the instruction needs no alignment.
+    let table = unsafe { _mm_loadu_si128(table.as_ptr().cast()) };
+    _mm512_shuffle_epi8(_mm512_broadcast_i32x4(table), codes)
+}
+
+/// Codes of two bits with a bit of plane `p` of eight above them.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+pub(super) fn with_third_bit(low: Bytes, top: Bytes, p: usize) -> Bytes {
+    let bit = match p {
+        0..2 => _mm512_sll_epi16(top, _mm_cvtsi32_si128(2 - p as i32)),
+        _ => _mm512_srl_epi16(top, _mm_cvtsi32_si128(p as i32 - 2)),
+    };
+    _mm512_or_si512(low, _mm512_and_si512(bit, _mm512_set1_epi8(4)))
 }

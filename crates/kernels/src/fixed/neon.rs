@@ -14,6 +14,12 @@ use super::{
     AHEAD_BYTES, BLOCK_TOKENS, FACTORS, Fixed, FixedLayout, FixedMut, ROW_BLOCK, STEP_COLS, Step,
     TILE_ROWS, TileMut, first_bytes, padded, quarter_start, windows,
 };
+use crate::attention::Gathered;
+use crate::attention::coded::{
+    CODED_POSITIONS, CodeBits, CodedPage, CodedQueries, CodedRows, CodedScratch, LEVEL_ZERO,
+    QUERY_LARGEST, SIDE, TINY, UNIT, WEIGHT_LARGEST, code_bytes, code_words,
+};
+use crate::attention::coded_lanes::coded_operations;
 use crate::block::{Format, Row, Rows, ScaleType, scale_at};
 use crate::neon::{
     self as floats, LANES, Lanes, add_lanes, fma, load, load_part as first_floats, mul_lanes,
@@ -26,6 +32,7 @@ pub(super) type Ints = int32x4_t;
 pub(super) const BLOCK_PANELS: usize = 4;
 
 fixed_operations!("neon");
+coded_operations!("neon");
 
 /// Adds to each i32 four products of codes below 128 and signed bytes.
 #[inline]
@@ -291,4 +298,19 @@ pub(super) fn plane<const BITS: usize>(x: Bytes, plane: usize) -> Bytes {
         _ => vshrq_n_u8::<6>(x),
     };
     vandq_u8(shifted, vdupq_n_u8(u8::MAX >> (8 - BITS)))
+}
+
+/// The bytes of a table that codes below 16 name.
+#[inline]
+#[target_feature(enable = "neon")]
+pub(super) fn look_up(table: &[u8; 16], codes: Bytes) -> Bytes {
+    vqtbl1q_u8(load_bytes(table), codes)
+}
+
+/// Codes of two bits with a bit of plane `p` of eight above them.
+#[inline]
+#[target_feature(enable = "neon")]
+pub(super) fn with_third_bit(low: Bytes, top: Bytes, p: usize) -> Bytes {
+    let bit = vshlq_u8(top, vdupq_n_s8(2 - p as i8));
+    vorrq_u8(low, vandq_u8(bit, vdupq_n_u8(4)))
 }

@@ -10,13 +10,20 @@ use std::ops::Range;
 
 use super::lanes::{by_width, fixed_operations};
 use super::neon::{
-    BLOCK_PANELS, Bytes, Ints, as_bytes, as_lanes, broadcast, codes, load_bytes, plane, signed,
-    store_bytes, times_256, to_floats, transpose, widen, zero_bytes, zero_ints,
+    BLOCK_PANELS, Bytes, Ints, as_bytes, as_lanes, broadcast, codes, load_bytes, look_up, plane,
+    signed, store_bytes, times_256, to_floats, transpose, widen, with_third_bit, zero_bytes,
+    zero_ints,
 };
 use super::{
     AHEAD_BYTES, BLOCK_TOKENS, FACTORS, Fixed, FixedLayout, FixedMut, ROW_BLOCK, STEP_COLS, Step,
     TILE_ROWS, TileMut, padded,
 };
+use crate::attention::Gathered;
+use crate::attention::coded::{
+    CODED_POSITIONS, CodeBits, CodedPage, CodedQueries, CodedRows, CodedScratch, LEVEL_ZERO,
+    QUERY_LARGEST, SIDE, TINY, UNIT, WEIGHT_LARGEST, code_bytes, code_words,
+};
+use crate::attention::coded_lanes::coded_operations;
 use crate::block::{Format, Row, Rows, ScaleType, scale_at};
 use crate::neon::{
     self as floats, LANES, Lanes, add_lanes, fma, load, load_part as first_floats, mul_lanes,
@@ -24,6 +31,7 @@ use crate::neon::{
 };
 
 fixed_operations!("neon,dotprod");
+coded_operations!("neon,dotprod");
 
 /// Adds to each i32 four products of signed bytes.
 #[inline]

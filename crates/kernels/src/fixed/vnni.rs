@@ -10,20 +10,27 @@ use std::ops::Range;
 
 use super::avx512::{
     BLOCK_PANELS, Bytes, Ints, as_bytes, as_lanes, broadcast, codes, first_floats, load_bytes,
-    of_groups, plane, signed, store_bytes, times_256, to_floats, transpose, widen, zero_bytes,
-    zero_ints,
+    look_up, of_groups, plane, signed, store_bytes, times_256, to_floats, transpose, widen,
+    with_third_bit, zero_bytes, zero_ints,
 };
 use super::lanes::{by_width, fixed_operations};
 use super::{
     AHEAD_BYTES, BLOCK_TOKENS, FACTORS, Fixed, FixedLayout, FixedMut, ROW_BLOCK, STEP_COLS, Step,
     TILE_ROWS, TileMut, padded,
 };
+use crate::attention::Gathered;
+use crate::attention::coded::{
+    CODED_POSITIONS, CodeBits, CodedPage, CodedQueries, CodedRows, CodedScratch, LEVEL_ZERO,
+    QUERY_LARGEST, SIDE, TINY, UNIT, WEIGHT_LARGEST, code_bytes, code_words,
+};
+use crate::attention::coded_lanes::coded_operations;
 use crate::avx512::{
     self as floats, LANES, Lanes, add_lanes, fma, load, mul_lanes, splat, store, sum_lanes,
 };
 use crate::block::{Format, Row, Rows, ScaleType, scale_at};
 
 fixed_operations!("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c,fma");
+coded_operations!("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c,fma");
 
 /// Adds to each i32 the products of four unsigned and four signed bytes.
 #[inline]
