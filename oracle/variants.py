@@ -19,6 +19,7 @@ SEEDS = {
     "q3moe-dense": 5,
     "q3next-dense": 10,
     "q35-r2-fp8": 24,
+    "q3moe-yarn": 36,
 }
 
 
@@ -182,4 +183,9 @@ def config(variant):
             mlp_only_layers=[0, 3, 6], norm_topk_prob=False, tie_word_embeddings=True
         ),
         "q35-r2-fp8": lambda: qwen35(4) | fp8_quantization(),
+        # 1,024 positions of which 256 were trained: 9 of the 32 frequencies lie on the ramp.
+        "q3moe-yarn": lambda: qwen3_moe(
+            max_position_embeddings=1024,
+            rope_scaling={"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256},
+        ),
     }[variant]()

@@ -189,7 +189,7 @@ fn context(shape: &Shape, options: &Options) -> Result<usize> {
     let context = options.context.unwrap_or(CONTEXT_DEFAULT.min(shape.max_positions));
     if context == 0 || context > shape.max_positions {
         return Err(Error::Budget(format!(
-            "a context of {context} tokens; this model takes 1 to {}",
+            "a context of {context} tokens; this model takes 1 to {} (--yarn stretches that)",
             shape.max_positions
         )));
     }

@@ -308,6 +308,14 @@ impl Container {
         &self.manifest.shape
     }
 
+    /// Stretches the model's positions by YaRN: see [`Shape::stretch`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn stretch(&mut self, factor: f64) -> Result<()> {
+        self.manifest.shape.stretch(factor)
+    }
+
     /// Record layouts, in the order of the manifest's expert files.
     pub fn layouts(&self) -> &[RecordLayout] {
         &self.layouts

@@ -91,8 +91,115 @@ pub struct Attention {
     pub rotary_dims: usize,
     /// Base of the rotary frequencies.
     pub rope_theta: f64,
+    /// How the frequencies are stretched over positions beyond the trained ones, if they are.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub yarn: Option<Yarn>,
     /// Whether `q_proj` carries an output gate behind each head's query rows.
     pub gate: bool,
+}
+
+/// YaRN (arXiv 2309.00071): slow rotations are slowed by `factor`, fast ones are kept, and those between
+/// lie on a ramp. It changes the numbers at every position, also at those that were trained.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct Yarn {
+    /// Positions afterwards over positions trained.
+    pub factor: f64,
+    /// Positions trained.
+    pub original_positions: usize,
+    /// Rotations over the trained positions from which a frequency is kept.
+    pub beta_fast: f64,
+    /// Rotations over the trained positions up to which it is slowed by the whole factor.
+    pub beta_slow: f64,
+    /// Whether the ends of the ramp are whole dimensions.
+    pub truncate: bool,
+    /// Multiplies sines and cosines, and so a score by its square.
+    pub attention_factor: f64,
+}
+
+impl Yarn {
+    /// The usual settings for a factor: 32 and 1 rotations, attention factor `0.1 ln(factor) + 1`.
+    pub fn new(factor: f64, original_positions: usize) -> Self {
+        Self {
+            factor,
+            original_positions,
+            beta_fast: 32.0,
+            beta_slow: 1.0,
+            truncate: true,
+            attention_factor: mscale(factor, 1.0),
+        }
+    }
+
+    /// From the rope fields of a config, where `positions` is its `max_position_embeddings`.
+    fn of(rope: &Value, positions: usize) -> Result<Self> {
+        let number = |key: &str| match rope.get(key) {
+            None | Some(Value::Null) => Ok(None),
+            Some(value) => match value.as_f64() {
+                Some(number) if number.is_finite() && number > 0.0 => Ok(Some(number)),
+                _ => {
+                    Err(Error::Shape(format!("yarn: {key} is {value}, expected a number above 0")))
+                }
+            },
+        };
+        let original = number("original_max_position_embeddings")?.unwrap_or(positions as f64);
+        let factor = number("factor")?.unwrap_or(positions as f64 / original);
+        let stated = match (number("mscale")?, number("mscale_all_dim")?) {
+            (Some(some), Some(all)) => mscale(factor, some) / mscale(factor, all),
+            _ => mscale(factor, 1.0),
+        };
+        let plain = Self::new(factor, original as usize);
+        Ok(Self {
+            beta_fast: number("beta_fast")?.unwrap_or(plain.beta_fast),
+            beta_slow: number("beta_slow")?.unwrap_or(plain.beta_slow),
+            truncate: rope.get("truncate").and_then(Value::as_bool).unwrap_or(true),
+            attention_factor: number("attention_factor")?.unwrap_or(stated),
+            ..plain
+        })
+    }
+
+    /// Positions afterwards.
+    pub fn positions(&self) -> usize {
+        (self.factor * self.original_positions as f64) as usize
+    }
+
+    /// The share of the trained frequency that dimension pair `j` keeps: 1 below the ramp, 0 above.
+    fn kept(&self, j: usize, a: &Attention) -> f64 {
+        let dims = a.rotary_dims as f64;
+        // The pair that rotates so often over the trained positions.
+        let pair = |rotations: f64| {
+            let turns = self.original_positions as f64 / (rotations * std::f64::consts::TAU);
+            dims * turns.ln() / (2.0 * a.rope_theta.ln())
+        };
+        let (low, high) = (pair(self.beta_fast), pair(self.beta_slow));
+        let (low, high) = if self.truncate { (low.floor(), high.ceil()) } else { (low, high) };
+        let (low, mut high) = (low.max(0.0), high.min(dims - 1.0));
+        if low == high {
+            high += 0.001;
+        }
+        1.0 - ((j as f64 - low) / (high - low)).clamp(0.0, 1.0)
+    }
+}
+
+fn mscale(factor: f64, weight: f64) -> f64 {
+    if factor <= 1.0 { 1.0 } else { 0.1 * weight * factor.ln() + 1.0 }
+}
+
+impl Attention {
+    /// Radians by which dimension pair `j` is rotated for each position.
+    pub fn frequency(&self, j: usize) -> f64 {
+        let trained = self.rope_theta.powf(-2.0 * j as f64 / self.rotary_dims as f64);
+        match &self.yarn {
+            None => trained,
+            Some(yarn) => {
+                let kept = yarn.kept(j, self);
+                trained * (kept + (1.0 - kept) / yarn.factor)
+            }
+        }
+    }
+
+    /// What sines and cosines are multiplied by.
+    pub fn rotation_scale(&self) -> f64 {
+        self.yarn.as_ref().map_or(1.0, |yarn| yarn.attention_factor)
+    }
 }
 
 /// GatedDeltaNet dimensions.
@@ -178,6 +285,8 @@ impl Shape {
         let fields = Fields(config.get("text_config").unwrap_or(config));
         let hidden = fields.size("hidden_size")?;
         let attention = attention_of(family, &fields, config, hidden)?;
+        let stated = fields.size("max_position_embeddings")?;
+        let max_positions = attention.yarn.as_ref().map_or(stated, |y| y.positions().max(stated));
         let layers = layers_of(family, &fields)?;
         let uses_delta = layers.iter().any(|l| l.mix == Mix::DeltaNet);
         let delta = if uses_delta { Some(delta_of(&fields)?) } else { None };
@@ -193,13 +302,28 @@ impl Shape {
             moe: moe_of(family, &fields)?,
             dense_width: if any_dense { fields.size("intermediate_size")? } else { 0 },
             tied_head: tied(config, &fields),
-            max_positions: fields.size("max_position_embeddings")?,
+            max_positions,
             eos: eos_ids(fields.0.get("eos_token_id").or_else(|| config.get("eos_token_id"))),
             mtp_layers: fields.0.get("mtp_num_hidden_layers").and_then(Value::as_u64).unwrap_or(0)
                 as usize,
         };
         shape.check()?;
         Ok(shape)
+    }
+
+    /// Stretches the positions by YaRN's usual settings for a factor.
+    ///
+    /// # Errors
+    /// The model has YaRN already, or the factor is not a number from 1 on.
+    pub fn stretch(&mut self, factor: f64) -> Result<()> {
+        if let Some(yarn) = &self.attention.yarn {
+            let by = yarn.factor;
+            return Err(Error::Shape(format!("its positions are stretched {by} times already")));
+        }
+        let yarn = Yarn::new(factor, self.max_positions);
+        self.max_positions = yarn.positions();
+        self.attention.yarn = Some(yarn);
+        self.check()
     }
 
     /// Whether the dimensions are consistent with each other and with the formats.
@@ -221,6 +345,12 @@ impl Shape {
         ensure(a.rope_theta.is_finite() && a.rope_theta > 1.0, || {
             format!("rope_theta {} is not above 1", a.rope_theta)
         })?;
+        if let Some(yarn) = &a.yarn {
+            ensure(yarn.factor.is_finite() && yarn.factor >= 1.0, || {
+                format!("yarn: factor {} is not 1 or more", yarn.factor)
+            })?;
+            ensure(yarn.original_positions > 0, || "yarn: no trained positions".into())?;
+        }
         let m = &self.moe;
         ensure((1..=m.experts).contains(&m.top_k) && m.experts <= 65_536, || {
             format!("top-{} of {} experts", m.top_k, m.experts)
@@ -285,9 +415,14 @@ fn attention_of(family: Family, f: &Fields, config: &Value, hidden: usize) -> Re
         .and_then(|r| r.get("rope_type").or_else(|| r.get("type")))
         .and_then(Value::as_str)
         .unwrap_or("default");
-    if !matches!(kind, "default" | "mrope") {
-        return Err(Error::Shape(format!("rope_type {kind:?} is not supported")));
-    }
+    let yarn = match kind {
+        "default" | "mrope" => None,
+        "yarn" => {
+            let fields = rope.or_else(|| f.0.get("rope_scaling")).unwrap_or(&Value::Null);
+            Some(Yarn::of(fields, f.size("max_position_embeddings")?)?)
+        }
+        _ => return Err(Error::Shape(format!("rope_type {kind:?} is not supported"))),
+    };
     let share = rope_field("partial_rotary_factor").and_then(Value::as_f64);
     let share = share.unwrap_or(if gate { 0.25 } else { 1.0 });
     Ok(Attention {
@@ -298,6 +433,7 @@ fn attention_of(family: Family, f: &Fields, config: &Value, hidden: usize) -> Re
         rope_theta: rope_field("rope_theta")
             .and_then(Value::as_f64)
             .ok_or_else(|| Error::Shape("config.json has no rope_theta".into()))?,
+        yarn,
         gate,
     })
 }
@@ -454,6 +590,23 @@ mod tests {
     }
 
     #[test]
+    fn yarn_keeps_fast_frequencies_slows_slow_ones_and_adds_positions() {
+        let mut shape = Shape::from_config(&flat()).unwrap();
+        let (plain, positions) = (shape.attention.clone(), shape.max_positions);
+        shape.stretch(4.0).unwrap();
+        let a = &shape.attention;
+        assert_eq!(shape.max_positions, 4 * positions);
+        assert_eq!(a.frequency(0), plain.frequency(0));
+        let last = a.rotary_dims / 2 - 1;
+        assert!((a.frequency(last) * 4.0 / plain.frequency(last) - 1.0).abs() < 1e-12);
+        assert!((a.rotation_scale() - (0.1 * 4f64.ln() + 1.0)).abs() < 1e-12);
+        assert!(shape.stretch(2.0).unwrap_err().to_string().contains("4 times already"));
+        for factor in [0.5, f64::NAN, f64::INFINITY] {
+            assert!(Shape::from_config(&flat()).unwrap().stretch(factor).is_err(), "{factor}");
+        }
+    }
+
+    #[test]
     fn bad_fields_are_named() {
         for (key, value, expected) in [
             ("model_type", json!("llama"), "llama"),
@@ -461,7 +614,9 @@ mod tests {
             ("num_experts_per_tok", json!(17), "top-17 of 16"),
             ("num_key_value_heads", json!(3), "KV heads"),
             ("linear_conv_kernel_dim", json!(5), "linear_conv_kernel_dim"),
-            ("rope_scaling", json!({"type": "yarn"}), "yarn"),
+            ("rope_scaling", json!({"type": "llama3"}), "llama3"),
+            ("rope_scaling", json!({"type": "yarn", "factor": "four"}), "factor is \"four\""),
+            ("rope_scaling", json!({"type": "yarn", "factor": 0.5}), "factor 0.5"),
             ("layer_types", json!(["full_attention"]), "layer_types"),
             ("attention_bias", json!(true), "attention_bias"),
         ] {

@@ -186,6 +186,11 @@ fn qwen3_moe() {
 }
 
 #[test]
+fn qwen3_moe_with_positions_stretched_by_yarn() {
+    agrees_in_every_way("q3moe-yarn", &PLAIN, EXACT);
+}
+
+#[test]
 fn qwen3_moe_with_dense_layers_and_tied_head() {
     agrees_in_every_way("q3moe-dense", &PLAIN, EXACT);
 }

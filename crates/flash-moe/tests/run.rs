@@ -161,6 +161,20 @@ fn fewer_experts_are_lossy_and_more_than_there_are_refused() {
 }
 
 #[test]
+fn positions_beyond_the_trained_ones_need_yarn() {
+    let home = Home::new();
+    let said = home.refuse(&["run", "--context", "4096", "Hello"]);
+    assert!(said.contains("takes 1 to 2048") && said.contains("--yarn"), "{said}");
+    let args = ["--yarn", "2", "--context", "4096", "--raw", "--greedy", "-n", "1", "Hello"];
+    let summary = home.json(&args);
+    assert_eq!(summary["lossy"][0], "--yarn: positions stretched 2 times");
+    for factor in ["0.5", "NaN", "inf"] {
+        let said = home.refuse(&["run", "--yarn", factor, "Hello"]);
+        assert!(said.contains("--yarn") && said.contains("factor"), "{said}");
+    }
+}
+
+#[test]
 fn activations_are_16_bit_unless_a_flag_says_otherwise() {
     let home = Home::new();
     let run = |flags: &[&str]| {

@@ -204,7 +204,15 @@ mod tests {
     use crate::pool::Pool;
 
     fn shape(heads: usize, kv_heads: usize, head_dim: usize) -> Attention {
-        Attention { heads, kv_heads, head_dim, rotary_dims: 0, rope_theta: 1.0, gate: false }
+        Attention {
+            heads,
+            kv_heads,
+            head_dim,
+            rotary_dims: 0,
+            rope_theta: 1.0,
+            yarn: None,
+            gate: false,
+        }
     }
 
     /// Numbers from -1 to 1.

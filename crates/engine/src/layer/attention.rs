@@ -40,18 +40,19 @@ pub struct Rotation {
 impl Rotation {
     /// Fills the tables for `tokens` positions from `first` on.
     ///
-    /// Angles are `position * theta^(-2j / rotary_dims)`, formed in f64: at position 200,000 an f32
-    /// angle is off by hundredths of a radian.
+    /// Angles are the position times [`Attention::frequency`], formed in f64: at position 200,000 an
+    /// f32 angle is off by hundredths of a radian.
     pub fn fill(&mut self, a: &Attention, first: usize, tokens: usize) {
         let half = a.rotary_dims / 2;
         let cos = sized(&mut self.cos, tokens * half);
         let sin = sized(&mut self.sin, tokens * half);
+        let scale = a.rotation_scale();
         for j in 0..half {
-            let frequency = a.rope_theta.powf(-2.0 * j as f64 / a.rotary_dims as f64);
+            let frequency = a.frequency(j);
             for t in 0..tokens {
                 let (s, c) = ((first + t) as f64 * frequency).sin_cos();
-                cos[t * half + j] = c as f32;
-                sin[t * half + j] = s as f32;
+                cos[t * half + j] = (c * scale) as f32;
+                sin[t * half + j] = (s * scale) as f32;
             }
         }
     }

@@ -90,6 +90,11 @@ pub struct EngineArgs {
     #[arg(help_heading = "Machine")]
     pub prefill_chunk: usize,
 
+    /// Stretch the positions that the model was trained for this many times (YaRN). Lossy: it changes
+    /// results at every position.
+    #[arg(long, value_name = "FACTOR", help_heading = "Numbers")]
+    pub yarn: Option<f64>,
+
     /// How the experts of the next layer are guessed, to be read while this one computes. Never
     /// changes the numbers. Measured on a disk that was the limit, with random weights: no gain
     /// (docs/measurements.md, entry 16); it can pay where the disk idles.
@@ -196,7 +201,10 @@ impl EngineArgs {
             Some(dir) => dir.clone(),
             None => tiny::unpacked(environment::cache_dir())?,
         };
-        let container = Container::open(&dir)?;
+        let mut container = Container::open(&dir)?;
+        if let Some(factor) = self.yarn {
+            container.stretch(factor).context("--yarn")?;
+        }
         let tokenizer = match dir.join(TOKENIZER_FILE).exists() {
             true => Some(Tokenizer::open(&dir)?),
             false => None,
@@ -280,7 +288,8 @@ impl EngineArgs {
         // Flags that contradict each other are an error elsewhere, before a model runs.
         let kept = self.kv_format().unwrap_or(KvFormat::F32);
         let kept = kept.loss().map(|loss| format!("--kv-cache {kept}: {loss}"));
-        fewer.into_iter().chain(coarse).chain(kept).collect()
+        let stretched = self.yarn.map(|f| format!("--yarn: positions stretched {f} times"));
+        fewer.into_iter().chain(coarse).chain(stretched).chain(kept).collect()
     }
 
     fn arithmetic(&self) -> Arithmetic {
