@@ -11,7 +11,7 @@ use super::hit_rate;
 use crate::bench::work::Work;
 
 /// What a resident prefill of 512 tokens kept of the products' limit where it was measured
-/// (docs/measurements.md, 17).
+/// (docs/measurements.md, 19).
 const GEMM_SHARE: f64 = 0.5;
 
 /// What the machine can do, a second.
