@@ -195,6 +195,7 @@ impl SamplingArgs {
             repetition_penalty: self.repetition_penalty.unwrap_or(base.repetition_penalty),
             presence_penalty: self.presence_penalty.unwrap_or(base.presence_penalty),
             frequency_penalty: self.frequency_penalty.unwrap_or(base.frequency_penalty),
+            logit_bias: Vec::new(),
             seed: self.seed.unwrap_or_else(any_seed),
         };
         sampling.check()?;
