@@ -85,8 +85,7 @@ impl Call {
             return Beginning::IsNot;
         };
         let taken = text.len() - rest.len();
-        let call =
-            Self { tool: tool.clone(), text: text[..taken].to_string(), arguments: 0, body };
+        let call = Self { tool: tool.clone(), text: text[..taken].to_string(), arguments: 0, body };
         Beginning::Is(Box::new(call), taken)
     }
 

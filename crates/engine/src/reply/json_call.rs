@@ -170,11 +170,9 @@ fn whole(text: &str) -> Header<'_> {
         Some(_) => return Header::IsNot,
     };
     match object.remove("name") {
-        Some(Json::String(name)) => Header::Is {
-            name,
-            rest: &text[end..],
-            call: JsonCall::new(arguments, State::Ready),
-        },
+        Some(Json::String(name)) => {
+            Header::Is { name, rest: &text[end..], call: JsonCall::new(arguments, State::Ready) }
+        }
         _ => Header::IsNot,
     }
 }

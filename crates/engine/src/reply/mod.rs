@@ -276,7 +276,7 @@ impl Reply {
                 let text = std::mem::take(call).into_text();
                 parts.push(Part::Broken(text));
                 self.state = State::Content;
-                        true
+                true
             }
         }
     }
@@ -303,12 +303,7 @@ impl Reply {
     }
 
     /// Gives what stands before a call; goes into the call if it is one.
-    fn begin(
-        &mut self,
-        begins: Begins,
-        parts: &mut Vec<Part>,
-        kind: fn(String) -> Part,
-    ) -> bool {
+    fn begin(&mut self, begins: Begins, parts: &mut Vec<Part>, kind: fn(String) -> Part) -> bool {
         let before = self.held[..begins.at].trim_end().len();
         let Some((call, taken)) = begins.call else {
             self.release(before, parts, kind);

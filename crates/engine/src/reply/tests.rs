@@ -76,7 +76,10 @@ fn thinking_and_answer_are_told_apart() {
 #[test]
 fn stop_texts_end_the_answer_and_not_the_thinking() {
     let text = "a END b</think>one END two";
-    assert_eq!(parts(Start::Thinking, &["END"], None, text), [thinking("a END b"), content("one ")]);
+    assert_eq!(
+        parts(Start::Thinking, &["END"], None, text),
+        [thinking("a END b"), content("one ")]
+    );
     assert_eq!(parts(Start::Content, &["ef", "cd"], None, "abcdef"), [content("ab")]);
     assert_eq!(parts(Start::Content, &["END"], None, "ENEN"), [content("ENEN")]);
     let mut reply = Reply::new(Start::Content, vec!["b".into(), String::new()], None);
@@ -120,8 +123,11 @@ fn strings_are_passed_on_before_they_are_whole() {
     let mut parts = Vec::new();
     let begun = "<tool_call>\n<function=get>\n<parameter=city>\nPar";
     reply.push(begun, &mut parts);
-    let expected =
-        [Part::CallBegins("get".into()), Part::Arguments("{\"city\": ".into()), Part::Arguments("\"Par".into())];
+    let expected = [
+        Part::CallBegins("get".into()),
+        Part::Arguments("{\"city\": ".into()),
+        Part::Arguments("\"Par".into()),
+    ];
     assert_eq!(parts, expected);
     parts.clear();
     reply.finish(&mut parts);
@@ -139,7 +145,8 @@ fn what_is_no_call_stays_text() {
     ] {
         assert_eq!(parts(Start::Content, &[], tagged, text), [content(text)]);
     }
-    let (begun, rest) = ("<tool_call><function=get>\n<parameter=city>\nx\n</parameter>", "\nno </a>");
+    let (begun, rest) =
+        ("<tool_call><function=get>\n<parameter=city>\nx\n</parameter>", "\nno </a>");
     let broken = parts(Start::Content, &[], tagged, &format!("{begun}{rest}"));
     let expected = [
         Part::CallBegins("get".into()),
@@ -161,7 +168,9 @@ fn json_calls_are_read_in_either_order() {
     expected.extend(call("get", "{\"days\":2}"));
     expected.push(content("ok"));
     assert_eq!(parts(Start::Content, &[], json, text), expected);
-    for text in ["<tool_call>{\"name\": 5}</tool_call>", "<tool_call>{\"name\": \"got\", \"arguments\": {"] {
+    for text in
+        ["<tool_call>{\"name\": 5}</tool_call>", "<tool_call>{\"name\": \"got\", \"arguments\": {"]
+    {
         assert_eq!(parts(Start::Content, &[], json, text), [content(text)]);
     }
     let begun = "<tool_call>{\"name\": \"get\", \"arguments\": {\"a\": b}}";
@@ -248,7 +257,9 @@ fn text_of(parts: &[Part]) -> String {
 /// The words `w1234` of a text.
 fn words(text: &str) -> Vec<String> {
     let places = text.match_indices('w').map(|(at, _)| text[at..].chars().take(5).collect());
-    places.filter(|word: &String| word[1..].chars().filter(char::is_ascii_digit).count() == 4).collect()
+    places
+        .filter(|word: &String| word[1..].chars().filter(char::is_ascii_digit).count() == 4)
+        .collect()
 }
 
 proptest! {

@@ -175,6 +175,21 @@ pub struct OutputArgs {
 }
 
 impl SamplingArgs {
+    /// No flag given.
+    pub fn none() -> Self {
+        Self {
+            greedy: false,
+            temperature: None,
+            top_k: None,
+            top_p: None,
+            min_p: None,
+            repetition_penalty: None,
+            presence_penalty: None,
+            frequency_penalty: None,
+            seed: None,
+        }
+    }
+
     /// The sampling that these flags and the model's file ask for.
     ///
     /// # Errors
