@@ -21,3 +21,4 @@ mod bench;
 mod counts;
 mod hot_set;
 mod run;
+mod serve;

@@ -19,6 +19,9 @@ use toktrie::{ApproximateTokEnv, TokEnv, TokRxInfo, TokTrie};
 /// Bytes that the vocabulary takes for each token once more in the form that masks are made from.
 pub const BYTES_PER_TOKEN: u64 = 96;
 
+/// States of a grammar's lexer, of up to 2 kB each: a schema is a stranger's.
+const LEXER_STATES_MAX: usize = 50_000;
+
 /// Makes constraints for one vocabulary.
 pub struct Grammars {
     factory: ParserFactory,
@@ -58,7 +61,9 @@ impl Grammars {
         let mut factory = ParserFactory::new_simple(&vocabulary)
             .map_err(|e| Error::Tokenizer(format!("masks: {e:#}")))?;
         factory.quiet();
-        factory.limits_mut().verbose_errors = false;
+        let limits = factory.limits_mut();
+        limits.verbose_errors = false;
+        limits.max_lexer_states = LEXER_STATES_MAX;
         Ok(Self { factory })
     }
 
@@ -127,6 +132,11 @@ impl Constraint {
             }
             Some(_) => self.holds &= !self.grammar.is_stopped(),
         }
+    }
+
+    /// Whether there must be an answer: a call that the model may begin need not be.
+    pub fn is_demanded(&self) -> bool {
+        self.fresh.is_none()
     }
 
     /// Whether the answer is whole, so that nothing may follow.

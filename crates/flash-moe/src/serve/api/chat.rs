@@ -37,6 +37,7 @@ pub fn read(body: Json) -> Parsed<Request> {
         "user",
         "metadata",
         "prompt_cache_key",
+        "prompt_cache_options",
         "prompt_cache_retention",
         "safety_identifier",
     ]);
@@ -272,7 +273,7 @@ fn token_json(model: &Model, token: &TokenLogprobs) -> Json {
 /// A token as text: its own, or the name of a special one.
 pub fn token_text(model: &Model, id: TokenId) -> String {
     match model.tokenizer.bytes(id) {
-        [] => model.tokenizer.name(id).unwrap_or_else(String::new),
+        [] => model.tokenizer.name(id).into_iter().collect(),
         bytes => String::from_utf8_lossy(bytes).into_owned(),
     }
 }

@@ -78,8 +78,7 @@ fn assistant(fields: &mut Fields, content: Option<String>) -> Parsed<Json> {
     let refusal = fields.text("refusal")?;
     let reasoning = [fields.text("reasoning_content")?, fields.text("reasoning")?];
     let calls = fields.list("tool_calls")?.unwrap_or_else(Vec::new);
-    let mut message =
-        json!({ "role": "assistant", "content": content.or(refusal).unwrap_or_else(String::new) });
+    let mut message = json!({ "role": "assistant", "content": content.or(refusal).into_iter().collect::<String>() });
     if let Some(reasoning) = reasoning.into_iter().flatten().next() {
         message["reasoning_content"] = json!(reasoning);
     }

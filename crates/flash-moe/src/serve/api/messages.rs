@@ -34,7 +34,8 @@ pub struct Request {
 /// Names the field that is wrong, unknown or not supported.
 pub fn read(body: Json, counts: bool) -> Parsed<Request> {
     let mut fields = Fields::of(body, "")?;
-    fields.accept(&["model", "metadata", "cache_control"]);
+    fields.accept(&["model", "metadata", "cache_control", "user_profile_id", "workspace_id"]);
+    fields.only("speed", &[json!("standard")])?;
     fields.only("service_tier", &[json!("auto"), json!("standard_only")])?;
     fields.refuse("container", "there are no containers")?;
     fields.refuse("mcp_servers", "connect them in the client")?;
@@ -125,9 +126,7 @@ fn messages(fields: &mut Fields) -> Parsed<Vec<Json>> {
     let mut all = Vec::new();
     if let Some(system) = fields.take("system") {
         let text = texts(system, &fields.path("system"))?;
-        if !text.is_empty() {
-            all.push(json!({ "role": "system", "content": text }));
-        }
+        all.push(json!({ "role": "system", "content": text }));
     }
     let list = fields.list("messages")?;
     let list = list.ok_or_else(|| fields.refusal("messages", "is required"))?;
@@ -158,11 +157,11 @@ fn messages(fields: &mut Fields) -> Parsed<Vec<Json>> {
     Ok(all)
 }
 
-/// A string, or blocks of text, put together with a line break between them.
+/// A string, or blocks of text, put together as they stand.
 fn texts(value: Json, path: &str) -> Parsed<String> {
     let blocks = blocks(value, path)?;
     let texts: Parsed<Vec<String>> = blocks.into_iter().map(text_block).collect();
-    Ok(texts?.join("\n"))
+    Ok(texts?.concat())
 }
 
 /// The blocks of a content, a string being one.
@@ -207,7 +206,7 @@ fn user(content: Json, path: &str, all: &mut Vec<Json>) -> Parsed<()> {
         all.push(json!({ "role": "tool", "tool_call_id": id, "content": result }));
     }
     if !said.is_empty() {
-        all.push(json!({ "role": "user", "content": said.join("\n") }));
+        all.push(json!({ "role": "user", "content": said.concat() }));
     }
     Ok(())
 }
@@ -238,7 +237,7 @@ fn assistant(content: Json, path: &str) -> Parsed<Json> {
             _ => said.push(text_block(block)?),
         }
     }
-    let mut message = json!({ "role": "assistant", "content": said.join("\n") });
+    let mut message = json!({ "role": "assistant", "content": said.concat() });
     if !thought.is_empty() {
         message["reasoning_content"] = json!(thought.join("\n"));
     }
@@ -469,7 +468,7 @@ mod tests {
             ],
         });
         let expected = json!([
-            { "role": "system", "content": "a\nb" },
+            { "role": "system", "content": "ab" },
             { "role": "user", "content": "c" },
             { "role": "assistant", "content": "d", "reasoning_content": "t", "tool_calls": [
                 { "id": "1", "type": "function", "function": { "name": "f", "arguments": { "x": 1 } } } ] },

@@ -17,3 +17,6 @@ pub mod messages;
 pub mod response_store;
 pub mod responses;
 pub mod tokens;
+
+#[cfg(test)]
+mod round_trip;

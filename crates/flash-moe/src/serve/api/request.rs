@@ -20,6 +20,10 @@ use crate::options::run::SamplingArgs;
 
 /// Most texts of one request.
 pub const CHOICES_MAX: usize = 16;
+/// Most texts that end an answer: each is looked for after every token.
+const STOPS_MAX: usize = 64;
+/// Longest name of a conversation.
+const SESSION_BYTES_MAX: usize = 128;
 
 /// What was said so far, and how to go on.
 #[derive(Debug, Default)]
@@ -118,7 +122,7 @@ impl Default for Wishes {
 
 impl OfferedTool {
     /// As templates show it.
-    fn described(&self) -> Json {
+    pub fn described(&self) -> Json {
         let mut function = json!({ "name": self.name });
         if let Some(description) = &self.description {
             function["description"] = json!(description);
@@ -284,6 +288,15 @@ impl Prepared {
         sampling.check().map_err(|e| Refusal::new(400, e.to_string()))?;
         if wishes.choices > CHOICES_MAX {
             return Err(Refusal::field("n", format!("is above {CHOICES_MAX}")));
+        }
+        if wishes.stops.len() > STOPS_MAX {
+            return Err(Refusal::field("stop", format!("has more than {STOPS_MAX} texts")));
+        }
+        if wishes.session.as_ref().is_some_and(|session| session.len() > SESSION_BYTES_MAX) {
+            return Err(Refusal::field(
+                "session_id",
+                format!("is above {SESSION_BYTES_MAX} bytes"),
+            ));
         }
         Ok(Self {
             prompt,

@@ -101,6 +101,7 @@ fn accept(fields: &mut Fields) -> Parsed<()> {
         "metadata",
         "client_metadata",
         "prompt_cache_key",
+        "prompt_cache_options",
         "prompt_cache_retention",
         "safety_identifier",
     ]);

@@ -183,7 +183,10 @@ impl<'a> Live<'a> {
         let mask = constraint.mask()?;
         let token = self.sampler.pick_among(self.session.logits(), mask.as_deref())?;
         constraint.take(token)?;
-        Ok(Some(token))
+        // A text that must look like something does not end in its thinking.
+        let early = self.reply.is_thinking() && self.vocabulary.eos.contains(&token);
+        let closed = self.vocabulary.think_end.filter(|_| early && constraint.is_demanded());
+        Ok(Some(closed.unwrap_or(token)))
     }
 
     /// Makes a token part of the text.

@@ -78,9 +78,13 @@ impl Schedule {
             live_max,
         });
         let work = (Arc::clone(&shared), Arc::clone(model), Arc::clone(metrics));
-        let thread = thread::Builder::new()
-            .name("engine".into())
-            .spawn(move || work_off(&work.0, &work.1, &work.2))?;
+        let thread = thread::Builder::new().name("engine".into()).spawn(move || {
+            let work = &work;
+            let worked = AssertUnwindSafe(|| work_off(&work.0, &work.1, &work.2));
+            // A panic has been printed. Without this thread nobody may wait for a turn.
+            catch_unwind(worked).unwrap_or(());
+            work.0.close();
+        })?;
         Ok(Self { shared, thread: Mutex::new(Some(thread)) })
     }
 
@@ -152,6 +156,13 @@ impl Shared {
         let taken = room.min(queue.jobs.len());
         queue.live += taken;
         Some(queue.jobs.drain(..taken).collect())
+    }
+
+    /// Takes no more jobs and drops those that wait, so that whoever listens is told.
+    fn close(&self) {
+        let mut queue = self.lock();
+        queue.state = State::Stopping;
+        queue.jobs.clear();
     }
 
     fn is_stopping(&self) -> bool {
