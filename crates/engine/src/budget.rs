@@ -61,6 +61,8 @@ pub struct Budget {
     pub limit: u64,
     /// Tokens of context the plan holds.
     pub context: usize,
+    /// Sessions that it holds at once.
+    pub sessions: usize,
     /// Everything but the pool.
     pub fixed: Vec<Line>,
     /// Memory of a pool slot: the largest record, whole pages and one for their alignment.
@@ -104,6 +106,7 @@ impl Budget {
         let mut budget = Self {
             limit: limit(options)?,
             context,
+            sessions: options.sessions.max(1),
             fixed: fixed_lines(demand, options, context),
             slot_bytes: slot_memory(demand),
             slots: 0,
@@ -139,7 +142,7 @@ impl Budget {
     fn refusal(&self, shape: &Shape, options: &Options) -> String {
         let least_context = 512.min(shape.max_positions);
         let kv = |context| kv_bytes(shape, options, context);
-        let saved = kv(self.context).saturating_sub(kv(least_context));
+        let saved = kv(self.context).saturating_sub(kv(least_context)) * self.sessions as u64;
         let floor = gib(self.slots_floor as u64 * self.slot_bytes);
         let mut text = format!(
             "needs {} (of which {floor} is one token's experts, the floor of the pool), limit is {}",
@@ -217,11 +220,12 @@ fn slot_memory(demand: &Demand) -> u64 {
 fn fixed_lines(demand: &Demand, options: &Options, context: usize) -> Vec<Line> {
     let shape = demand.shape;
     let scratch = Scratch::bytes(shape, options, context);
+    let sessions = options.sessions.max(1) as u64;
     vec![
         Line { name: "dense weights", bytes: demand.dense_bytes },
-        Line { name: "KV cache", bytes: kv_bytes(shape, options, context) },
-        Line { name: "delta-net states", bytes: delta_bytes(shape) },
-        Line { name: "scratch and logits", bytes: scratch },
+        Line { name: "KV cache", bytes: sessions * kv_bytes(shape, options, context) },
+        Line { name: "delta-net states", bytes: sessions * delta_bytes(shape) },
+        Line { name: "scratch and logits", bytes: sessions * scratch },
         Line { name: "tokenizer and program", bytes: PROGRAM_BYTES + options.other_bytes },
     ]
 }

@@ -18,6 +18,7 @@ use minijinja_contrib::pycompat::unknown_method_callback;
 use serde_json::Value as Json;
 
 use crate::error::{Error, Result};
+use crate::reply::CallFormat;
 
 /// Name of a template that stands in a file of its own.
 pub const TEMPLATE_FILE: &str = "chat_template.jinja";
@@ -118,6 +119,13 @@ impl ChatTemplate {
         }
         let template = self.environment.get_template("chat").map_err(|e| template_error(&e))?;
         template.render(values).map_err(|e| template_error(&e))
+    }
+
+    /// How the template writes a tool call; `None` where it knows no tools.
+    pub fn call_format(&self) -> Option<CallFormat> {
+        let tools = self.source.contains("tools") && self.source.contains("<tool_call>");
+        let tagged = self.source.contains("<function=");
+        tools.then_some(if tagged { CallFormat::Tagged } else { CallFormat::Json })
     }
 
     /// Whether the template can be told to think or not to.

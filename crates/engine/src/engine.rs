@@ -29,8 +29,10 @@ pub struct Options {
     pub arithmetic: Arithmetic,
     /// Memory the process may use in all; `None` measures what is free.
     pub memory_bytes: Option<u64>,
-    /// Tokens of context; `None` takes a default within the model's limit.
+    /// Tokens of context of a session; `None` takes a default within the model's limit.
     pub context: Option<usize>,
+    /// Sessions that may be alive at once, at least 1; memory is planned for all of them.
+    pub sessions: usize,
     /// Direct or buffered expert reads.
     pub io: IoMode,
     /// How keys and values are kept; lossy unless f32.

@@ -79,6 +79,7 @@ impl GenerationConfig {
             repetition_penalty: number("repetition_penalty", 1.0)? as f32,
             presence_penalty: number("presence_penalty", 0.0)? as f32,
             frequency_penalty: number("frequency_penalty", 0.0)? as f32,
+            logit_bias: Vec::new(),
             seed: 0,
         };
         sampling.check()?;

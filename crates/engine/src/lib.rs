@@ -30,6 +30,8 @@ pub mod kv_cache;
 pub mod store;
 
 pub mod generation;
+pub mod logprobs;
+pub mod reply;
 pub mod sampler;
 
 pub mod timing;

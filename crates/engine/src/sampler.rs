@@ -1,7 +1,7 @@
 //! From logits to a token.
 //!
-//! The order is that of the hub's reference library: penalties, temperature, top-k, top-p, min-p,
-//! then one draw. Work is proportional to the vocabulary only for one pass; nothing sorts it.
+//! The order is that of the hub's reference library: penalties, bias, mask, temperature, top-k,
+//! top-p, min-p, then one draw. Work is proportional to the vocabulary only for one pass; nothing sorts it.
 //! Equal logits rank by token id, so a seed gives the same tokens everywhere the logits are the
 //! same. A NaN is an error, never a token.
 
@@ -28,6 +28,8 @@ pub struct Sampling {
     pub presence_penalty: f32,
     /// Subtracted from a token's logit once for each time it is in the output; 0 is none.
     pub frequency_penalty: f32,
+    /// Added to the logits of these tokens.
+    pub logit_bias: Vec<(TokenId, f32)>,
     /// Start of the random sequence.
     pub seed: u64,
 }
@@ -43,6 +45,7 @@ impl Sampling {
             repetition_penalty: 1.0,
             presence_penalty: 0.0,
             frequency_penalty: 0.0,
+            logit_bias: Vec::new(),
             seed: 0,
         }
     }
@@ -70,6 +73,9 @@ impl Sampling {
         within("presence_penalty", self.presence_penalty, -100.0..=100.0)?;
         within("frequency_penalty", self.frequency_penalty, -100.0..=100.0)?;
         within("repetition_penalty", self.repetition_penalty, 0.01..=100.0)?;
+        for &(token, bias) in &self.logit_bias {
+            within(&format!("logit_bias of token {}", token.0), bias, -100.0..=100.0)?;
+        }
         if !(self.top_p > 0.0 && self.top_p <= 1.0) {
             let top_p = self.top_p;
             return Err(Error::Sampling(format!("top_p is {top_p}, expected above 0, at most 1")));
@@ -77,8 +83,9 @@ impl Sampling {
         Ok(())
     }
 
-    fn penalises(&self) -> bool {
-        self.repetition_penalty != 1.0
+    fn changes_logits(&self) -> bool {
+        !self.logit_bias.is_empty()
+            || self.repetition_penalty != 1.0
             || self.presence_penalty != 0.0
             || self.frequency_penalty != 0.0
     }
@@ -89,7 +96,7 @@ pub struct Sampler {
     sampling: Sampling,
     random: SplitMix64,
     seen: HashMap<TokenId, u32>, // times in the output; 0 for tokens of the prompt alone
-    adjusted: Vec<f32>,          // [vocab] logits after penalties; empty without penalties
+    adjusted: Vec<f32>,          // [vocab] logits after penalties, bias and mask; empty without
     kept: Vec<Candidate>,
 }
 
@@ -119,14 +126,29 @@ impl Sampler {
     /// # Errors
     /// A logit that is NaN or positive infinity; no logit that is finite.
     pub fn pick(&mut self, logits: &[f32]) -> Result<TokenId> {
+        self.pick_among(logits, None)
+    }
+
+    /// As [`Sampler::pick`], but only a token whose bit is set in `allowed`: bit `id % 32` of word
+    /// `id / 32`. A token beyond the words is not allowed.
+    ///
+    /// # Errors
+    /// As [`Sampler::pick`]; nothing that is allowed has a finite logit.
+    pub fn pick_among(&mut self, logits: &[f32], allowed: Option<&[u32]>) -> Result<TokenId> {
         let best = largest(logits)?;
-        if !self.sampling.penalises() {
+        if !self.sampling.changes_logits() && allowed.is_none() {
             return Ok(self.draw(logits, best));
         }
         let mut adjusted = std::mem::take(&mut self.adjusted);
         adjusted.clear();
         adjusted.extend_from_slice(logits);
         self.penalise(&mut adjusted);
+        for &(token, bias) in &self.sampling.logit_bias {
+            adjusted.get_mut(token.0 as usize).into_iter().for_each(|logit| *logit += bias);
+        }
+        if let Some(allowed) = allowed {
+            forbid(&mut adjusted, allowed);
+        }
         let token = largest(&adjusted).map(|best| self.draw(&adjusted, best));
         self.adjusted = adjusted;
         token
@@ -179,9 +201,9 @@ impl Sampler {
 
 /// A token that may be drawn. The greater one is the more probable, or has the lower id.
 #[derive(Clone, Copy, Debug)]
-struct Candidate {
-    logit: f32,
-    id: u32,
+pub(crate) struct Candidate {
+    pub(crate) logit: f32,
+    pub(crate) id: u32,
 }
 
 impl Ord for Candidate {
@@ -217,6 +239,16 @@ impl Weigh {
     }
 }
 
+/// Makes every token impossible whose bit is not set.
+fn forbid(logits: &mut [f32], allowed: &[u32]) {
+    for (id, logit) in logits.iter_mut().enumerate() {
+        let word = allowed.get(id / 32).copied().unwrap_or(0);
+        if word >> (id % 32) & 1 == 0 {
+            *logit = f32::NEG_INFINITY;
+        }
+    }
+}
+
 /// The largest logit, the lowest id among equals.
 fn largest(logits: &[f32]) -> Result<Candidate> {
     let mut best = Candidate { logit: f32::NEG_INFINITY, id: 0 };
@@ -246,7 +278,7 @@ fn all(logits: &[f32], kept: &mut Vec<Candidate>) {
 }
 
 /// The `k` most probable tokens in descending order, by a heap whose root is the least of them.
-fn most_probable(logits: &[f32], k: usize, kept: &mut Vec<Candidate>) {
+pub(crate) fn most_probable(logits: &[f32], k: usize, kept: &mut Vec<Candidate>) {
     let mut heap: BinaryHeap<Reverse<Candidate>> = BinaryHeap::new();
     for candidate in possible(logits) {
         if heap.len() < k {
@@ -481,6 +513,31 @@ mod tests {
     }
 
     #[test]
+    fn a_bias_is_added_after_the_penalties() {
+        let pick = |bias: &[(u32, f32)]| {
+            let logit_bias = bias.iter().map(|&(id, bias)| (TokenId(id), bias)).collect();
+            let sampling = Sampling { logit_bias, presence_penalty: 1.0, ..Sampling::greedy() };
+            let mut sampler = Sampler::new(sampling, &[]).unwrap();
+            sampler.accept(TokenId(1));
+            sampler.pick(&[0.0, 1.5, 0.25]).unwrap().0
+        };
+        assert_eq!(pick(&[]), 1);
+        assert_eq!(pick(&[(0, 0.75)]), 0);
+        assert_eq!(pick(&[(1, -100.0), (99, 100.0)]), 2);
+    }
+
+    #[test]
+    fn only_what_the_mask_allows_is_picked() {
+        let mut greedy = sampler(&Sampling::greedy());
+        let logits: Vec<f32> = (0..40u8).map(f32::from).collect();
+        assert_eq!(greedy.pick_among(&logits, Some(&[1 << 3 | 1 << 31])).unwrap(), TokenId(31));
+        assert_eq!(greedy.pick_among(&logits, Some(&[0, 1 << 5])).unwrap(), TokenId(37));
+        assert_eq!(greedy.pick_among(&logits, None).unwrap(), TokenId(39));
+        let error = greedy.pick_among(&logits, Some(&[0, 0])).unwrap_err().to_string();
+        assert!(error.contains("none of 40 logits"), "{error}");
+    }
+
+    #[test]
     fn one_seed_one_text_another_seed_another() {
         let logits = logs(&[0.25; 4]);
         let text = |seed| {
@@ -503,6 +560,10 @@ mod tests {
             (Sampling { repetition_penalty: 0.0, ..greedy() }, "repetition_penalty is 0"),
             (Sampling { presence_penalty: f32::INFINITY, ..greedy() }, "presence_penalty is inf"),
             (Sampling { frequency_penalty: -101.0, ..greedy() }, "frequency_penalty is -101"),
+            (
+                Sampling { logit_bias: vec![(TokenId(3), 101.0)], ..greedy() },
+                "logit_bias of token 3 is 101",
+            ),
         ] {
             let Err(error) = Sampler::new(sampling, &[]) else { panic!("accepted: {expected}") };
             assert!(error.to_string().contains(expected), "{error}");

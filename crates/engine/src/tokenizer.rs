@@ -91,6 +91,11 @@ impl Tokenizer {
         self.inner.token_to_id(text).map(TokenId)
     }
 
+    /// The text that a token stands for, which may be part of a character; empty for a special one.
+    pub fn bytes(&self, token: TokenId) -> &[u8] {
+        self.pieces.bytes(token)
+    }
+
     /// Bytes of text that a token stands for; of a special token, the bytes of its name.
     pub fn byte_count(&self, token: TokenId) -> usize {
         match self.pieces.bytes(token).len() {

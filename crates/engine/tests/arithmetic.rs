@@ -37,6 +37,7 @@ fn logits(arithmetic: Arithmetic, threads: usize, prefill_chunk: usize) -> Vec<f
         reader: Reader::Threads,
         lookahead: Lookahead::Off,
         vocabulary: None,
+        sessions: 1,
         other_bytes: 0,
     };
     let engine = Arc::new(Engine::open(container, &options).expect("it opens"));

@@ -231,6 +231,7 @@ fn options() -> Options {
         reader: Reader::Threads,
         lookahead: Lookahead::Off,
         vocabulary: None,
+        sessions: 1,
         other_bytes: 0,
     }
 }

@@ -186,6 +186,7 @@ fn unlimited() -> Options {
         reader: Reader::Threads,
         lookahead: Lookahead::Off,
         vocabulary: None,
+        sessions: 1,
         other_bytes: 0,
     }
 }

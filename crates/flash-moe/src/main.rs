@@ -13,6 +13,7 @@ mod tiny;
 
 mod eval;
 mod run;
+mod serve;
 
 mod read_ahead;
 
@@ -34,6 +35,7 @@ fn main() -> ExitCode {
     let success = |()| ExitCode::SUCCESS;
     let outcome = match options::Options::parse().command {
         Command::Run(args) => run::run(&args),
+        Command::Serve(args) => serve::run(&args),
         Command::Eval(args) => eval::run(&args).map(success),
         Command::Bench(args) => bench::run(&args).map(success),
         Command::Plan(args) => plan::run(&args).map(success),

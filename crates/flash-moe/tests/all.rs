@@ -22,3 +22,4 @@ mod counts;
 mod hot_set;
 mod run;
 mod state;
+mod serve;

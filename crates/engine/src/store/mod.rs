@@ -192,6 +192,13 @@ impl ExpertStore {
         hot
     }
 
+    /// How often each expert was used, by layer with experts.
+    pub fn uses(&self) -> Vec<(LayerId, Vec<u32>)> {
+        let pool = self.inner.lock();
+        let layers = self.inner.files.iter().zip(pool.uses.chunks(self.inner.experts.max(1)));
+        layers.map(|(file, uses)| (file.layer, uses.to_vec())).collect()
+    }
+
     /// Brings a saved hot set in, in its order, while nobody waits for a read and as far as slots
     /// are empty: it never takes a slot from what is in the pool.
     ///

@@ -250,6 +250,7 @@ impl EngineArgs {
             reader: self.reader.mode(),
             lookahead: self.lookahead.mode(),
             vocabulary: None,
+            sessions: 1,
             other_bytes: 0,
         })
     }

@@ -9,6 +9,7 @@ pub mod convert;
 pub mod engine;
 pub mod eval;
 pub mod run;
+pub mod serve;
 
 pub mod environment;
 mod size;
@@ -30,6 +31,8 @@ pub struct Options {
 pub enum Command {
     /// Answer a prompt.
     Run(Box<run::RunArgs>),
+    /// Answer OpenAI and Anthropic clients over HTTP.
+    Serve(Box<serve::ServeArgs>),
     /// Measure perplexity, or the divergence between two containers.
     Eval(Box<eval::EvalArgs>),
     /// Measure speed beside the machine's limits.

@@ -195,6 +195,21 @@ pub struct OutputArgs {
 }
 
 impl SamplingArgs {
+    /// No flag given.
+    pub fn none() -> Self {
+        Self {
+            greedy: false,
+            temperature: None,
+            top_k: None,
+            top_p: None,
+            min_p: None,
+            repetition_penalty: None,
+            presence_penalty: None,
+            frequency_penalty: None,
+            seed: None,
+        }
+    }
+
     /// The sampling that these flags and the model's file ask for.
     ///
     /// # Errors
@@ -215,6 +230,7 @@ impl SamplingArgs {
             repetition_penalty: self.repetition_penalty.unwrap_or(base.repetition_penalty),
             presence_penalty: self.presence_penalty.unwrap_or(base.presence_penalty),
             frequency_penalty: self.frequency_penalty.unwrap_or(base.frequency_penalty),
+            logit_bias: Vec::new(),
             seed: self.seed.unwrap_or_else(any_seed),
         };
         sampling.check()?;

@@ -6,6 +6,7 @@
 
 use std::io::{self, Write};
 
+use flash_moe_engine::reply::longest_beginning;
 use flash_moe_engine::shape::TokenId;
 use flash_moe_engine::tokenizer::{TokenStream, Tokenizer};
 
@@ -212,15 +213,6 @@ impl<'a, W: Write> Answer<'a, W> {
         self.out.write_all(text.as_bytes())?;
         self.out.flush()
     }
-}
-
-/// Bytes of the longest end of `text` with which a stop text begins.
-fn longest_beginning(text: &str, stops: &[String]) -> usize {
-    let longest = |stop: &String| {
-        let ends = stop.char_indices().map(|(at, _)| at);
-        ends.filter(|&at| text.ends_with(&stop[..at])).max()
-    };
-    stops.iter().filter_map(longest).max().unwrap_or(0)
 }
 
 #[cfg(test)]

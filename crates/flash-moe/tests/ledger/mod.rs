@@ -53,6 +53,7 @@ pub fn options(container: &Container, isa: Isa) -> Options {
         reader: Reader::Threads,
         lookahead: Lookahead::Off,
         vocabulary: None,
+        sessions: 1,
         other_bytes: 0,
     };
     let plan = Budget::plan(container, &options).expect("a gigabyte is enough");

@@ -1,0 +1,60 @@
+//! Lines on standard error: one a request, as `key=value`, with the request's id first.
+//!
+//! Nothing of what a client wrote or a model answered is logged, only counts and times.
+
+use std::time::Duration;
+
+use super::schedule::Step;
+use super::schedule::{Failure, Finish, Job, Usage};
+
+/// The line of a job that is over.
+pub fn job(job: &Job, usage: Usage, step: &Step, ended: &str) {
+    let origin = &job.origin;
+    let mut line = format!(
+        "request={} api={} index={} ended={ended} prompt={} cached={} generated={} total_ms={}",
+        origin.request,
+        origin.api,
+        job.index,
+        usage.prompt,
+        usage.cached,
+        usage.generated,
+        ms(origin.received.elapsed()),
+    );
+    if let Step::Over(outcome) = step {
+        let times = outcome.times;
+        line += &format!(
+            " queued_ms={} prefill_ms={} ttft_ms={} decode_ms={} tok_s={:.2}",
+            ms(times.queued),
+            ms(times.prefill),
+            ms(times.first_token),
+            ms(times.decode),
+            per_second(usage.generated.saturating_sub(1), times.decode),
+        );
+        if let Finish::StopText(stop) = &outcome.finish {
+            line += &format!(" stop_bytes={}", stop.len());
+        }
+    }
+    if let Step::Failed(Failure::Engine(what)) = step {
+        line += &format!(" error={what:?}");
+    }
+    if let Some(session) = &origin.session {
+        line += &format!(" session={session:?}");
+    }
+    note(&line);
+}
+
+/// A line of its own.
+pub fn note(text: &str) {
+    eprintln!("flash-moe: {text}");
+}
+
+/// Whole milliseconds.
+fn ms(time: Duration) -> u128 {
+    time.as_millis()
+}
+
+/// `count` a second; 0 without a time.
+pub fn per_second(count: usize, time: Duration) -> f64 {
+    let seconds = time.as_secs_f64();
+    if seconds > 0.0 { count as f64 / seconds } else { 0.0 }
+}

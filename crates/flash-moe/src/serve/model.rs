@@ -1,0 +1,87 @@
+//! The model that is served: engine, vocabulary, template, and what its makers said of sampling.
+//!
+//! Opened once, shared by every request and never changed. Refuses a model without a tokenizer: a
+//! server deals in text.
+
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context, Result, bail};
+use flash_moe_engine::chat_template::{CONFIG_FILE, ChatTemplate};
+use flash_moe_engine::engine::Engine;
+use flash_moe_engine::generation::GenerationConfig;
+use flash_moe_engine::shape::TokenId;
+use flash_moe_engine::tokenizer::Tokenizer;
+
+use super::constrain::{BYTES_PER_TOKEN, Grammars};
+use crate::options::serve::ServeArgs;
+
+/// A model that is ready.
+pub struct Model {
+    /// The loaded weights.
+    pub engine: Arc<Engine>,
+    /// Text to ids and back.
+    pub tokenizer: Tokenizer,
+    /// Conversations to text; `None` where the model has no template.
+    pub template: Option<ChatTemplate>,
+    /// Sampling where a request says nothing.
+    pub config: GenerationConfig,
+    /// Tokens that end a text.
+    pub eos: Vec<TokenId>,
+    /// Masks.
+    pub grammars: Grammars,
+    /// Its name in answers.
+    pub name: String,
+    /// When it was opened, in seconds since 1970.
+    pub opened: u64,
+    /// Tokens after which thinking is ended where a request says nothing; 0: never.
+    pub think_budget: usize,
+}
+
+impl Model {
+    /// Opens the model that the flags name.
+    ///
+    /// # Errors
+    /// What the container, the tokenizer, the template or the memory plan have to say.
+    pub fn open(args: &ServeArgs) -> Result<Self> {
+        let model = args.engine.open()?;
+        let dir = model.container.dir().to_path_buf();
+        let mut options = args.engine.engine_options(&model, args.answer.context)?;
+        for note in args.engine.lossy(&model.container) {
+            eprintln!("flash-moe: note: lossy: {note}");
+        }
+        let Some(tokenizer) = model.tokenizer else {
+            bail!("{} has no tokenizer.json; a server needs one", dir.display());
+        };
+        let template = template(args, &dir)?;
+        let config = GenerationConfig::open(&dir)?;
+        let eos = config.eos(model.container.shape());
+        let grammars = Grammars::new(&tokenizer, &eos)?;
+        options.sessions = args.load.parallel;
+        options.other_bytes += tokenizer.count() as u64 * BYTES_PER_TOKEN;
+        let name = args.answer.alias.clone();
+        let name = name.unwrap_or_else(|| model.container.manifest().name.clone());
+        let opened = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs());
+        let engine = Arc::new(Engine::open(model.container, &options)?);
+        let think_budget = args.answer.think_budget;
+        Ok(Self { engine, tokenizer, template, config, eos, grammars, name, opened, think_budget })
+    }
+}
+
+/// The template of the flag, or the model's; none is a note, since completions need none.
+fn template(args: &ServeArgs, dir: &std::path::Path) -> Result<Option<ChatTemplate>> {
+    if let Some(path) = &args.answer.chat_template {
+        let named = || path.display().to_string();
+        let source = std::fs::read_to_string(path).with_context(named)?;
+        let config = std::fs::read_to_string(dir.join(CONFIG_FILE)).unwrap_or("null".into());
+        let config = serde_json::from_str(&config).context(CONFIG_FILE)?;
+        return Ok(Some(ChatTemplate::new(source, &config).with_context(named)?));
+    }
+    match ChatTemplate::open(dir) {
+        Ok(template) => Ok(Some(template)),
+        Err(error) => {
+            eprintln!("flash-moe: note: no conversations, completions alone: {error}");
+            Ok(None)
+        }
+    }
+}

@@ -1,0 +1,221 @@
+//! A job that has its turn: a session, a sampler and the reply so far, moved on by one step at a time.
+//!
+//! A step is one chunk of the prompt or one token. Between steps nothing is half done, so a job may
+//! be dropped after any of them.
+
+use std::ops::ControlFlow;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use flash_moe_engine::Result;
+use flash_moe_engine::engine::Engine;
+use flash_moe_engine::logprobs::logprobs;
+use flash_moe_engine::reply::{Ended, Reply};
+use flash_moe_engine::sampler::Sampler;
+use flash_moe_engine::session::Session;
+use flash_moe_engine::shape::TokenId;
+use flash_moe_engine::tokenizer::{TokenStream, Tokenizer};
+
+use super::job::{Event, Failure, Finish, Job, Outcome, Times, TokenLogprobs, Usage};
+
+/// What every job needs of the model.
+pub struct Vocabulary<'a> {
+    /// Tokens to text.
+    pub tokenizer: &'a Tokenizer,
+    /// Tokens that end a text.
+    pub eos: &'a [TokenId],
+    /// The token that closes the thinking.
+    pub think_end: Option<TokenId>,
+}
+
+/// A job under way.
+pub struct Live<'a> {
+    vocabulary: &'a Vocabulary<'a>,
+    job: Job,
+    session: Session,
+    sampler: Sampler,
+    reply: Reply,
+    text: TokenStream<'a>,
+    usage: Usage,
+    times: Times,
+    started: Instant,
+    first_token: Option<Instant>,
+    last_token: Instant,
+    between: Duration, // the last two tokens
+}
+
+/// What a step came to.
+pub enum Step {
+    /// There is more to do.
+    Prefilled(usize),
+    /// A token was generated.
+    Generated,
+    /// The text is over.
+    Over(Box<Outcome>),
+    /// Nobody listens any more.
+    Abandoned,
+    /// It could not go on.
+    Failed(Failure),
+}
+
+impl<'a> Live<'a> {
+    /// A job that begins now.
+    ///
+    /// # Errors
+    /// A sampling setting outside its range.
+    pub fn new(engine: &Arc<Engine>, vocabulary: &'a Vocabulary<'a>, job: Job) -> Result<Self> {
+        let sampler = Sampler::new(job.sampling.clone(), &job.prompt)?;
+        let format = job.format.clone();
+        let usage = Usage { prompt: job.prompt.len(), ..Usage::default() };
+        let live = Self {
+            vocabulary,
+            session: Session::new(engine),
+            sampler,
+            reply: Reply::new(format.start, format.stops, format.tools),
+            text: vocabulary.tokenizer.stream(),
+            usage,
+            times: Times { queued: job.origin.received.elapsed(), ..Times::default() },
+            started: Instant::now(),
+            first_token: None,
+            last_token: Instant::now(),
+            between: Duration::ZERO,
+            job,
+        };
+        live.tell(Event::Started(usage));
+        Ok(live)
+    }
+
+    /// The job.
+    pub fn job(&self) -> &Job {
+        &self.job
+    }
+
+    /// Tokens in its context.
+    pub fn position(&self) -> usize {
+        self.session.position()
+    }
+
+    /// Time between the last two tokens.
+    pub fn between(&self) -> Duration {
+        self.between
+    }
+
+    /// Tokens so far.
+    pub fn usage(&self) -> Usage {
+        self.usage
+    }
+
+    /// Tells whoever listens; one who does not listen any more is noticed at the next step.
+    pub fn tell(&self, event: Event) {
+        self.job.events.send((self.job.index, event)).unwrap_or(());
+    }
+
+    /// Moves on by one step.
+    pub fn step(&mut self) -> Step {
+        if self.job.events.is_closed() {
+            return Step::Abandoned;
+        }
+        if self.job.limits.deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+            return Step::Failed(Failure::Timeout);
+        }
+        let step = match self.session.position() < self.job.prompt.len() {
+            true => self.prefill(),
+            false => self.generate(),
+        };
+        step.unwrap_or_else(|error| Step::Failed(Failure::Engine(error.to_string())))
+    }
+
+    fn prefill(&mut self) -> Result<Step> {
+        let before = self.session.position();
+        self.session.prefill(&self.job.prompt[before..], &mut |_| ControlFlow::Break(()))?;
+        let done = self.session.position();
+        self.tell(Event::Prefilled(done));
+        if done == self.job.prompt.len() {
+            self.times.prefill = self.started.elapsed();
+        }
+        Ok(Step::Prefilled(done - before))
+    }
+
+    fn generate(&mut self) -> Result<Step> {
+        let token = match self.choose()? {
+            Some(token) => token,
+            None => return Ok(self.end(Finish::Stop)),
+        };
+        let now = Instant::now();
+        self.between = now - self.last_token;
+        self.last_token = now;
+        if self.first_token.is_none() {
+            self.first_token = Some(now);
+            self.times.first_token = self.job.origin.received.elapsed();
+        }
+        if self.vocabulary.eos.contains(&token) {
+            return Ok(self.end(Finish::Stop));
+        }
+        self.take(token);
+        let full = self.session.position() == self.session.engine().context();
+        let most = self.job.limits.max_tokens;
+        match self.reply.ended().cloned() {
+            Some(Ended::StopText(stop)) => return Ok(self.end(Finish::StopText(stop))),
+            Some(Ended::Calls) => return Ok(self.end(Finish::Calls)),
+            None if full || most.is_some_and(|most| self.usage.generated >= most) => {
+                return Ok(self.end(Finish::Length));
+            }
+            None => {}
+        }
+        self.session.step(token)?;
+        Ok(Step::Generated)
+    }
+
+    /// The next token; `None` when the text is what it must be and nothing may follow.
+    fn choose(&mut self) -> Result<Option<TokenId>> {
+        let budget = self.job.limits.think_budget;
+        let spent = self.reply.is_thinking() && budget > 0 && self.usage.thinking >= budget;
+        if let (true, Some(token)) = (spent, self.vocabulary.think_end) {
+            return Ok(Some(token));
+        }
+        let Some(constraint) = &mut self.job.constraint else {
+            return self.sampler.pick(self.session.logits()).map(Some);
+        };
+        constraint.follow(&self.reply);
+        if constraint.is_fulfilled() {
+            return Ok(None);
+        }
+        let mask = constraint.mask()?;
+        let token = self.sampler.pick_among(self.session.logits(), mask.as_deref())?;
+        constraint.take(token)?;
+        // A text that must look like something does not end in its thinking.
+        let early = self.reply.is_thinking() && self.vocabulary.eos.contains(&token);
+        let closed = self.vocabulary.think_end.filter(|_| early && constraint.is_demanded());
+        Ok(Some(closed.unwrap_or(token)))
+    }
+
+    /// Makes a token part of the text.
+    fn take(&mut self, token: TokenId) {
+        let thinking = self.reply.is_thinking();
+        let ranked = self.job.logprobs.filter(|_| !thinking).map(|top| {
+            let logprobs = logprobs(self.session.logits(), token, top);
+            TokenLogprobs { token, logprobs }
+        });
+        self.sampler.accept(token);
+        self.usage.generated += 1;
+        self.usage.thinking += usize::from(thinking);
+        let mut parts = Vec::new();
+        let piece = self.text.push(token);
+        self.reply.push(&piece, &mut parts);
+        self.tell(Event::Token { parts, logprobs: ranked });
+    }
+
+    fn end(&mut self, finish: Finish) -> Step {
+        let mut parts = Vec::new();
+        let rest = self.text.finish();
+        self.reply.push(&rest, &mut parts);
+        self.reply.finish(&mut parts);
+        if !parts.is_empty() {
+            self.tell(Event::Token { parts, logprobs: None });
+        }
+        self.times.decode = self.first_token.map_or_else(Default::default, |at| at.elapsed());
+        let outcome =
+            Outcome { finish, calls: self.reply.calls(), usage: self.usage, times: self.times };
+        Step::Over(Box::new(outcome))
+    }
+}

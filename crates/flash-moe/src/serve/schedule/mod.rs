@@ -1,0 +1,250 @@
+//! The engine's one thread: takes jobs from a bounded queue and moves the live ones on in turn.
+//!
+//! Each live job gets one step a round, a chunk of its prompt or one token, so that a long prompt
+//! delays the others by a chunk and not by all of itself. A job's tokens do not depend on what runs
+//! beside it: sessions share nothing but the pool of experts. A full queue refuses at once.
+
+mod job;
+mod live;
+
+use std::collections::VecDeque;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::Instant;
+
+pub use job::{Event, Failure, Finish, Format, Job, Limits, Origin, Outcome, TokenLogprobs, Usage};
+
+use super::log;
+use super::metrics::Metrics;
+use super::model::Model;
+pub use live::Step;
+use live::{Live, Vocabulary};
+
+/// The queue and the thread that works it off.
+pub struct Schedule {
+    shared: Arc<Shared>,
+    thread: Mutex<Option<JoinHandle<()>>>,
+}
+
+struct Shared {
+    queue: Mutex<Queue>,
+    changed: Condvar,
+    waiting_max: usize,
+    live_max: usize,
+}
+
+#[derive(Default)]
+struct Queue {
+    jobs: VecDeque<Job>,
+    live: usize,
+    state: State,
+}
+
+#[derive(Clone, Copy, Default, PartialEq, Eq)]
+enum State {
+    #[default]
+    Open,
+    /// No new jobs; the thread ends when there are none left.
+    Draining,
+    /// Whatever is left fails.
+    Stopping,
+}
+
+/// Why jobs were not taken.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Refused {
+    /// The queue has no room for them.
+    Full,
+    /// The server is going down.
+    Closed,
+}
+
+impl Schedule {
+    /// Starts the thread.
+    ///
+    /// # Errors
+    /// The system has no thread to give.
+    pub fn start(
+        model: &Arc<Model>,
+        metrics: &Arc<Metrics>,
+        live_max: usize,
+        waiting_max: usize,
+    ) -> std::io::Result<Self> {
+        let shared = Arc::new(Shared {
+            queue: Mutex::default(),
+            changed: Condvar::new(),
+            waiting_max,
+            live_max,
+        });
+        let work = (Arc::clone(&shared), Arc::clone(model), Arc::clone(metrics));
+        let thread = thread::Builder::new().name("engine".into()).spawn(move || {
+            let work = &work;
+            let worked = AssertUnwindSafe(|| work_off(&work.0, &work.1, &work.2));
+            // A panic has been printed. Without this thread nobody may wait for a turn.
+            catch_unwind(worked).unwrap_or(());
+            work.0.close();
+        })?;
+        Ok(Self { shared, thread: Mutex::new(Some(thread)) })
+    }
+
+    /// Takes all of `jobs`, or none.
+    ///
+    /// # Errors
+    /// There is no room for all of them, or the server is going down.
+    pub fn submit(&self, jobs: Vec<Job>) -> Result<(), Refused> {
+        let mut queue = self.shared.lock();
+        if queue.state != State::Open {
+            return Err(Refused::Closed);
+        }
+        if queue.live + queue.jobs.len() + jobs.len() > self.capacity() {
+            return Err(Refused::Full);
+        }
+        queue.jobs.extend(jobs);
+        drop(queue);
+        self.shared.changed.notify_all();
+        Ok(())
+    }
+
+    /// Most jobs that may be taken at once.
+    pub fn capacity(&self) -> usize {
+        self.shared.live_max + self.shared.waiting_max
+    }
+
+    /// Jobs that have their turn, and jobs that wait.
+    pub fn load(&self) -> (usize, usize) {
+        let queue = self.shared.lock();
+        (queue.live, queue.jobs.len())
+    }
+
+    /// Takes no more jobs; the ones there are go on.
+    pub fn drain(&self) {
+        self.set(State::Draining);
+    }
+
+    /// Fails whatever is left, and waits for the thread to end.
+    pub fn stop(&self) {
+        self.set(State::Stopping);
+        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(thread) = thread {
+            // A panic of the thread has been printed where it happened.
+            thread.join().unwrap_or(());
+        }
+    }
+
+    fn set(&self, state: State) {
+        self.shared.lock().state = state;
+        self.shared.changed.notify_all();
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, Queue> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The jobs whose turn begins now. Waits for one if `idle`; `None` when there will be no more.
+    fn admit(&self, idle: bool) -> Option<Vec<Job>> {
+        let mut queue = self.lock();
+        while idle && queue.jobs.is_empty() && queue.state == State::Open {
+            queue = self.changed.wait(queue).unwrap_or_else(PoisonError::into_inner);
+        }
+        if idle && queue.jobs.is_empty() {
+            return None;
+        }
+        let room = self.live_max - queue.live;
+        let taken = room.min(queue.jobs.len());
+        queue.live += taken;
+        Some(queue.jobs.drain(..taken).collect())
+    }
+
+    /// Takes no more jobs and drops those that wait, so that whoever listens is told.
+    fn close(&self) {
+        let mut queue = self.lock();
+        queue.state = State::Stopping;
+        queue.jobs.clear();
+    }
+
+    fn is_stopping(&self) -> bool {
+        self.lock().state == State::Stopping
+    }
+
+    fn leave(&self) {
+        self.lock().live -= 1;
+    }
+}
+
+/// The thread: rounds of one step a job, until the queue is closed and empty.
+fn work_off(shared: &Shared, model: &Model, metrics: &Metrics) {
+    let vocabulary = Vocabulary {
+        tokenizer: &model.tokenizer,
+        eos: &model.eos,
+        think_end: model.tokenizer.id("</think>"),
+    };
+    let mut live: Vec<Live> = Vec::new();
+    while let Some(jobs) = shared.admit(live.is_empty()) {
+        for job in jobs {
+            let (index, events) = (job.index, job.events.clone());
+            match Live::new(&model.engine, &vocabulary, job) {
+                Ok(job) => live.push(job),
+                Err(error) => {
+                    let failed = Event::Failed(Failure::Engine(error.to_string()));
+                    // Nobody may be listening any more.
+                    events.send((index, failed)).unwrap_or(());
+                    shared.leave();
+                }
+            }
+        }
+        let stopping = shared.is_stopping();
+        live.retain_mut(|job| {
+            let step = if stopping { Step::Failed(Failure::Shutdown) } else { timed(job, metrics) };
+            let goes_on = matches!(step, Step::Prefilled(_) | Step::Generated);
+            if !goes_on {
+                shared.leave();
+                conclude(job, step, metrics);
+            }
+            goes_on
+        });
+        metrics.positions.set(live.iter().map(|job| job.position() as u64).sum());
+    }
+}
+
+/// One step of a job, counted.
+fn timed(job: &mut Live, metrics: &Metrics) -> Step {
+    let (started, before) = (Instant::now(), job.usage());
+    let step = catch_unwind(AssertUnwindSafe(|| job.step())).unwrap_or_else(|_| {
+        // The panic has been printed; the other jobs share nothing with this one and go on.
+        Step::Failed(Failure::Engine("internal error: see the server's log".into()))
+    });
+    if let Step::Prefilled(tokens) = step {
+        metrics.prompt_tokens.add(tokens as u64);
+        metrics.prefill_seconds.add(started.elapsed());
+    } else if job.usage().generated > before.generated {
+        metrics.generated_tokens.add(1);
+        metrics.decode_seconds.add(started.elapsed());
+        if before.generated == 0 {
+            metrics.first_token.observe(job.job().origin.received.elapsed());
+        } else {
+            metrics.between_tokens.observe(job.between());
+        }
+    }
+    step
+}
+
+/// Tells and logs how a job ended.
+fn conclude(job: &Live, step: Step, metrics: &Metrics) {
+    let ended = match &step {
+        Step::Over(outcome) => outcome.finish.name(),
+        Step::Abandoned => "disconnected",
+        Step::Failed(Failure::Engine(_)) => "error",
+        Step::Failed(Failure::Timeout) => "timeout",
+        _ => "shutdown",
+    };
+    metrics.ended(ended);
+    log::job(job.job(), job.usage(), &step, ended);
+    match step {
+        Step::Over(outcome) => job.tell(Event::Done(*outcome)),
+        Step::Failed(failure) => job.tell(Event::Failed(failure)),
+        _ => {}
+    }
+}

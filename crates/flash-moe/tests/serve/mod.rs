@@ -1,0 +1,12 @@
+//! The server as its clients see it: the built program on a free port, and a small HTTP client.
+//!
+//! `client` starts the program and speaks HTTP/1.1 with it; the other modules hold the claims, by
+//! what they are about.
+
+mod client;
+
+mod answers;
+mod protocols;
+mod shapes;
+
+mod operation;
