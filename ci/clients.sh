@@ -25,13 +25,17 @@ done
 
 "$place/venv/bin/python" ci/clients/openai_client.py "$base"
 "$place/venv/bin/python" ci/clients/anthropic_client.py "$base"
-if command -v npm >/dev/null; then
+node_ready() {
+  command -v npm >/dev/null && command -v node >/dev/null || return 1
   mkdir -p "$place/node"
+  [ -d "$place/node/node_modules/openai" ] ||
+    npm install --silent --no-fund --no-audit --prefix "$place/node" openai
+}
+if node_ready; then
   cp ci/clients/openai_client.mjs "$place/node/"
-  [ -d "$place/node/node_modules/openai" ] || npm install --silent --no-fund --no-audit --prefix "$place/node" openai
   node "$place/node/openai_client.mjs" "$base"
 else
-  echo "SKIP: no npm, so the client for Node did not run"
+  echo "SKIP: Node's client could not be installed"
 fi
 kill -TERM $server
 wait $server
