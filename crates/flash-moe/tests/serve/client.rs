@@ -136,13 +136,18 @@ impl Server {
 
     /// Waits until no text is being generated.
     pub fn wait_until_idle(&self) {
-        for _ in 0..2000 {
-            let health = self.get("/health").json();
-            if health["live"] == 0 && health["waiting"] == 0 {
+        self.wait_until(|health| health["live"] == 0 && health["waiting"] == 0);
+    }
+
+    /// Waits until the server's health is as wanted, for 30 seconds at least.
+    pub fn wait_until(&self, wanted: impl Fn(&Value) -> bool) {
+        for _ in 0..3000 {
+            if wanted(&self.get("/health").json()) {
                 return;
             }
+            std::thread::sleep(Duration::from_millis(10));
         }
-        panic!("the server is still busy");
+        panic!("waited in vain: {}", self.get("/health").body);
     }
 
     /// Asks the server to end.

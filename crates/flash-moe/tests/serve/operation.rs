@@ -29,7 +29,7 @@ fn a_full_queue_refuses_and_a_client_that_leaves_makes_room() {
     let running = server.send("POST", CHAT, &[], &long(true));
     read_until(&running, "\"content\":\"");
     let waiting = server.send("POST", CHAT, &[], &long(false));
-    while server.get("/health").json()["waiting"] == 0 {}
+    server.wait_until(|health| health["waiting"] == 1);
     let refused = server.post(CHAT, &short());
     assert_eq!(refused.status, 429, "{}", refused.body);
     assert!(refused.header("retry-after").is_some());

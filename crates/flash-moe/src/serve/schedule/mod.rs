@@ -196,16 +196,21 @@ fn work_off(shared: &Shared, model: &Model, metrics: &Metrics) {
             }
         }
         let stopping = shared.is_stopping();
-        live.retain_mut(|job| {
-            let step = if stopping { Step::Failed(Failure::Shutdown) } else { timed(job, metrics) };
-            let goes_on = matches!(step, Step::Prefilled(_) | Step::Generated);
-            if !goes_on {
-                shared.leave();
-                conclude(job, step, metrics);
+        let mut over = Vec::new();
+        for mut job in std::mem::take(&mut live) {
+            let step =
+                if stopping { Step::Failed(Failure::Shutdown) } else { timed(&mut job, metrics) };
+            match step {
+                Step::Prefilled(_) | Step::Generated => live.push(job),
+                step => over.push((job, step)),
             }
-            goes_on
-        });
+        }
+        // What is told of a job's end must not be older than the end.
         metrics.positions.set(live.iter().map(|job| job.position() as u64).sum());
+        for (job, step) in over {
+            shared.leave();
+            conclude(&job, step, metrics);
+        }
     }
 }
 
