@@ -21,5 +21,5 @@ mod bench;
 mod counts;
 mod hot_set;
 mod run;
-mod state;
 mod serve;
+mod state;
