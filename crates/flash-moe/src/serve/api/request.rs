@@ -43,6 +43,13 @@ pub struct Prompt {
     text: String,
 }
 
+/// A conversation as text and as tokens.
+struct Rendered {
+    messages: Vec<Json>,
+    text: String,
+    tokens: Vec<TokenId>,
+}
+
 /// What was said so far, and how to go on.
 #[derive(Debug, Default)]
 pub struct Conversation {
@@ -164,14 +171,15 @@ impl Conversation {
     pub fn prompt(&self, model: &Model) -> Parsed<Prompt> {
         let template = self.template(model)?;
         let refused = |e: flash_moe_engine::Error| Refusal::field("messages", e.to_string());
-        let (messages, text, tokens) = match self.replayed(model, template).map_err(refused)? {
+        let rendered = match self.replayed(model, template).map_err(refused)? {
             Some(found) => found,
             None => {
                 let text = self.render(template, &self.messages, true).map_err(refused)?;
                 let tokens = model.tokenizer.encode(&text).map_err(refused)?;
-                (self.messages.clone(), text, tokens)
+                Rendered { messages: self.messages.clone(), text, tokens }
             }
         };
+        let Rendered { messages, text, tokens } = rendered;
         let end = text.trim_end();
         let start = match (end.ends_with("<think>"), end.ends_with("</think>")) {
             (true, _) => Start::Thinking,
@@ -223,7 +231,7 @@ impl Conversation {
         &self,
         model: &Model,
         template: &ChatTemplate,
-    ) -> flash_moe_engine::Result<Option<(Vec<Json>, String, Vec<TokenId>)>> {
+    ) -> flash_moe_engine::Result<Option<Rendered>> {
         let turns = model.turns.matching(&self.messages);
         if turns.is_empty() {
             return Ok(None);
@@ -235,7 +243,7 @@ impl Conversation {
         let text = self.render(template, &messages, true)?;
         let ends: Vec<String> = model.eos.iter().filter_map(|&t| model.tokenizer.name(t)).collect();
         let tokens = turns::splice(&text, &turns, &ends, &model.tokenizer)?;
-        Ok(tokens.map(|tokens| (messages, text, tokens)))
+        Ok(tokens.map(|tokens| Rendered { messages, text, tokens }))
     }
 
     /// Where in the prompt other requests may part from this one: behind the system prompt and the
