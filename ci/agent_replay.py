@@ -1,12 +1,12 @@
 """An agent of 12 turns with tools against a server of our own, and the same conversation after a restart.
 
-Usage: agent_replay.py PROGRAM [MODEL [TOKENS]]. TOKENS is about the size of the system prompt: 500 for
-the built-in model, whose context is 2,048 and to which the tools are as many again, else 6000. Each turn sends everything said so far, the calls
-with their arguments written anew and without thinking, as clients do. Printed for each turn: tokens of the prompt, cached,
-computed, generated, and the time to the first token. Then the server is stopped and started with the
-same --state-dir, the conversation goes on, and one turn is taken back: on disk a conversation has the
-point behind its last answer, so that one begins behind the user's message. Fails when a turn that goes on
-computes more than it brought.
+Usage: agent_replay.py PROGRAM [MODEL [TOKENS]]. TOKENS is about the size of the system prompt: 400 for
+the built-in model, whose context is 2,048 and to which the tools are as many again, else 6000. Each turn
+sends everything said so far, the calls with their arguments written anew and without thinking, as
+clients do. Printed for each turn: tokens of the prompt, cached, computed, generated, and the time to the
+first token. Then the server is stopped and started with the same --state-dir, the conversation goes on,
+and one turn is taken back: on disk a conversation has the point behind its last answer, so that one
+begins behind the user's message. Fails when a turn that goes on computes more than it brought.
 """
 
 import http.client
@@ -21,7 +21,7 @@ import time
 
 program = sys.argv[1]
 model = sys.argv[2] if len(sys.argv) > 2 else None
-system_tokens = int(sys.argv[3]) if len(sys.argv) > 3 else 6000 if model else 500
+system_tokens = int(sys.argv[3]) if len(sys.argv) > 3 else 6000 if model else 400
 TURNS = 12
 # More than this a turn may not compute beside its result: the template's wording around it.
 TURN_TOKENS = 60
