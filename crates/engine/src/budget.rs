@@ -221,13 +221,17 @@ fn fixed_lines(demand: &Demand, options: &Options, context: usize) -> Vec<Line> 
     let shape = demand.shape;
     let scratch = Scratch::bytes(shape, options, context);
     let sessions = options.sessions.max(1) as u64;
-    vec![
+    let mut lines = vec![
         Line { name: "dense weights", bytes: demand.dense_bytes },
         Line { name: "KV cache", bytes: sessions * kv_bytes(shape, options, context) },
         Line { name: "delta-net states", bytes: sessions * delta_bytes(shape) },
         Line { name: "scratch and logits", bytes: sessions * scratch },
         Line { name: "tokenizer and program", bytes: PROGRAM_BYTES + options.other_bytes },
-    ]
+    ];
+    if options.kept_bytes > 0 {
+        lines.push(Line { name: "kept prefixes", bytes: options.kept_bytes });
+    }
+    lines
 }
 
 /// All layers' keys and values, and what one layer at a time takes beside them for a chunk.

@@ -51,6 +51,8 @@ pub struct Options {
     pub vocabulary: Option<usize>,
     /// Memory that the caller takes beside the engine (tokenizer), in bytes.
     pub other_bytes: u64,
+    /// Memory that checkpoints beside the sessions may take, in bytes.
+    pub kept_bytes: u64,
 }
 
 /// A loaded model.

@@ -39,6 +39,7 @@ fn logits(arithmetic: Arithmetic, threads: usize, prefill_chunk: usize) -> Vec<f
         vocabulary: None,
         sessions: 1,
         other_bytes: 0,
+        kept_bytes: 0,
     };
     let engine = Arc::new(Engine::open(container, &options).expect("it opens"));
     let mut session = Session::new(&engine);

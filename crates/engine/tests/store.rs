@@ -233,6 +233,7 @@ fn options() -> Options {
         vocabulary: None,
         sessions: 1,
         other_bytes: 0,
+        kept_bytes: 0,
     }
 }
 

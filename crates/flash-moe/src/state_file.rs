@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use flash_moe_engine::container::Container;
 use flash_moe_engine::engine::{Engine, Options};
-use flash_moe_engine::session::{Checkpoint, Session, StateReader};
+use flash_moe_engine::session::{Checkpoint, StateReader};
 
 use crate::convert::files::PartialFile;
 
@@ -66,14 +66,20 @@ impl NewState {
         Ok(Self { file: PartialFile::create(path)? })
     }
 
-    /// Writes a session's state, flushes it to the disk and gives the file its name.
+    /// Has `state` write itself, flushes the file to the disk and gives it its name.
     ///
     /// # Errors
-    /// The disk is full or fails.
-    pub fn write(self, session: &Session) -> Result<()> {
+    /// The disk is full or fails; no file is left behind.
+    pub fn write(self, state: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<()> {
         let to = Appending { file: &self.file, offset: 0 };
-        session.write_state(BufWriter::with_capacity(BUFFER_BYTES, to))?;
-        self.file.finish()
+        let written = state(&mut BufWriter::with_capacity(BUFFER_BYTES, to));
+        match written {
+            Ok(()) => self.file.finish(),
+            Err(error) => {
+                self.file.discard()?;
+                Err(error.into())
+            }
+        }
     }
 
     /// Leaves no file behind; one of that name that was there stays.

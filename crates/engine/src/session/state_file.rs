@@ -75,6 +75,23 @@ impl<R: Read> StateReader<R> {
         &self.header.identity
     }
 
+    /// Reads the tokens that the state has taken and nothing else. They are as the file has them: only
+    /// [`StateReader::read`] reaches the checksum that covers them.
+    ///
+    /// # Errors
+    /// The file is cut off; reading failed.
+    pub fn tokens(mut self) -> Result<Vec<TokenId>> {
+        self.take_tokens()
+    }
+
+    fn take_tokens(&mut self) -> Result<Vec<TokenId>> {
+        let mut tokens = Vec::new();
+        for _ in 0..self.header.position {
+            tokens.push(TokenId(u32::from_le_bytes(self.from.array()?)));
+        }
+        Ok(tokens)
+    }
+
     /// Reads the rest, for an engine that may continue it.
     ///
     /// # Errors
@@ -84,10 +101,7 @@ impl<R: Read> StateReader<R> {
         self.header.identity.check(engine.container(), engine.options())?;
         let position = self.header.position;
         Checkpoint::check_length(position, engine.context())?;
-        let mut tokens = Vec::with_capacity(position);
-        for _ in 0..position {
-            tokens.push(TokenId(u32::from_le_bytes(self.from.array()?)));
-        }
+        let tokens = self.take_tokens()?;
         let mut logits = vec![0f32; engine.shape().vocab];
         self.from.read(bytemuck::cast_slice_mut(&mut logits))?;
         let mut memories = Memory::all(engine, position);

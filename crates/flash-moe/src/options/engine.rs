@@ -252,6 +252,7 @@ impl EngineArgs {
             vocabulary: None,
             sessions: 1,
             other_bytes: 0,
+            kept_bytes: 0,
         })
     }
 

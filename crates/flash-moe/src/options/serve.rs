@@ -18,6 +18,7 @@ const EXAMPLES: &str = "\
 Examples:
   flash-moe serve
   flash-moe serve -m DIR --context 65536 --memory 24GiB
+  flash-moe serve -m DIR --state-dir ~/.cache/flash-moe-states
   flash-moe serve -m DIR --host 0.0.0.0 --api-key-file key.txt
   curl localhost:8080/v1/chat/completions -H 'content-type: application/json' \\
     -d '{\"messages\": [{\"role\": \"user\", \"content\": \"Hello\"}]}'
@@ -44,6 +45,9 @@ pub struct ServeArgs {
     /// What it takes on.
     #[command(flatten)]
     pub load: LoadArgs,
+    /// What it remembers of earlier requests.
+    #[command(flatten)]
+    pub prefix: PrefixArgs,
     /// How it answers.
     #[command(flatten)]
     pub answer: AnswerArgs,
@@ -103,6 +107,29 @@ pub struct LoadArgs {
     /// After Ctrl-C, seconds that running requests have to end.
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     pub shutdown_timeout: u64,
+}
+
+/// What it remembers of earlier requests.
+#[derive(Args, Debug)]
+#[command(next_help_heading = "Prefix reuse")]
+pub struct PrefixArgs {
+    /// Memory for points of earlier conversations, from which a prompt that begins alike goes on; 0
+    /// keeps none there [default: an eighth of --memory, less where little is left, 2 GiB at most].
+    #[arg(long, value_name = "SIZE", value_parser = size::parse_or_none)]
+    pub prefix_memory: Option<u64>,
+
+    /// Keep such a point every so many tokens of a long prompt; 0 keeps none of these.
+    #[arg(long, value_name = "TOKENS", default_value_t = 4096)]
+    pub prefix_every: usize,
+
+    /// Keep points that make room in memory, and at the end those in memory, in this directory; the
+    /// next start goes on from them.
+    #[arg(long, value_name = "DIR")]
+    pub state_dir: Option<PathBuf>,
+
+    /// Most bytes in the directory; what has not been used for longest is removed.
+    #[arg(long, value_name = "SIZE", default_value = "8GiB", value_parser = size::parse, requires = "state_dir")]
+    pub state_dir_size: u64,
 }
 
 /// How it answers.

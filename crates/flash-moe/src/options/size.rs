@@ -24,6 +24,14 @@ pub fn parse(text: &str) -> Result<u64, String> {
     if bytes == 0 { Err(expected()) } else { Ok(bytes) }
 }
 
+/// As [`parse`], and `0`, which switches something off.
+///
+/// # Errors
+/// As [`parse`].
+pub fn parse_or_none(text: &str) -> Result<u64, String> {
+    if text.trim() == "0" { Ok(0) } else { parse(text) }
+}
+
 fn unit_bytes(unit: &str) -> Option<u64> {
     let (prefix, base) = match unit {
         "" | "b" => return Some(1),

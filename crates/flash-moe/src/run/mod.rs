@@ -213,7 +213,7 @@ impl<'a> Run<'a> {
             Some(&last) => session.step(last)?,
             None => {}
         }
-        file.write(session)
+        file.write(|to| session.write_state(to))
     }
 
     /// Prints what was asked for beside the answer.

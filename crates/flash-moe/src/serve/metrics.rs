@@ -18,6 +18,8 @@ const BETWEEN_TOKENS: [f64; 10] = [0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 
 pub struct Metrics {
     /// Prompt tokens computed.
     pub prompt_tokens: Counter,
+    /// Prompt tokens that did not have to be computed.
+    pub cached_tokens: Counter,
     /// Tokens generated.
     pub generated_tokens: Counter,
     /// Time spent on prompts.
@@ -30,6 +32,14 @@ pub struct Metrics {
     pub between_tokens: Histogram,
     /// Tokens in live contexts.
     pub positions: Level,
+    /// Checkpoints kept in memory.
+    pub prefixes: Level,
+    /// Their bytes.
+    pub prefix_bytes: Level,
+    /// Checkpoints that had to make room.
+    pub prefix_evictions: Counter,
+    /// Checkpoints read from disk.
+    pub prefix_loads: Counter,
     requests: Mutex<BTreeMap<(&'static str, u16), u64>>, // by route and status
     ended: Mutex<BTreeMap<&'static str, u64>>,           // texts, by how they ended
 }
@@ -136,12 +146,17 @@ impl Metrics {
     pub fn new() -> Self {
         Self {
             prompt_tokens: Counter::default(),
+            cached_tokens: Counter::default(),
             generated_tokens: Counter::default(),
             prefill_seconds: Clock::default(),
             decode_seconds: Clock::default(),
             first_token: Histogram::new(&FIRST_TOKEN),
             between_tokens: Histogram::new(&BETWEEN_TOKENS),
             positions: Level::default(),
+            prefixes: Level::default(),
+            prefix_bytes: Level::default(),
+            prefix_evictions: Counter::default(),
+            prefix_loads: Counter::default(),
             requests: Mutex::default(),
             ended: Mutex::default(),
         }

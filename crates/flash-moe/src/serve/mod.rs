@@ -8,6 +8,9 @@ mod api;
 
 mod constrain;
 mod model;
+mod turns;
+
+mod prefix;
 mod schedule;
 
 mod listen;
@@ -25,9 +28,11 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 
+use crate::convert::files::make_directory;
 use crate::options::serve::ServeArgs;
 use metrics::Metrics;
 use model::Model;
+use prefix::PrefixStore;
 use route::{Access, Server};
 use schedule::Schedule;
 
@@ -50,11 +55,16 @@ pub fn run(args: &ServeArgs) -> Result<ExitCode> {
             address.ip()
         ));
     }
+    if let Some(dir) = &args.prefix.state_dir {
+        make_directory(dir)?;
+    }
     let model = Arc::new(Model::open(args)?);
     let hot_set = args.hot_set.file(model.engine.container());
     hot_set.iter().for_each(|file| file.load(&model.engine));
     let metrics = Arc::new(Metrics::new());
-    let schedule = Schedule::start(&model, &metrics, args.load.parallel, args.load.queue)
+    let prefixes = PrefixStore::open(&model, &metrics, &args.prefix)?;
+    let (live, waiting) = (args.load.parallel, args.load.queue);
+    let schedule = Schedule::start(&model, &metrics, prefixes, live, waiting)
         .context("the engine's thread")?;
     let server = Arc::new(Server {
         model: Arc::clone(&model),

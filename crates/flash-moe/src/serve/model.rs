@@ -1,19 +1,22 @@
 //! The model that is served: engine, vocabulary, template, and what its makers said of sampling.
 //!
-//! Opened once, shared by every request and never changed. Refuses a model without a tokenizer: a
+//! Opened once, shared by every request and, but for the record of answers, never changed. Refuses a model without a tokenizer: a
 //! server deals in text.
 
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail};
+use flash_moe_engine::budget::{Budget, Demand};
 use flash_moe_engine::chat_template::{CONFIG_FILE, ChatTemplate};
-use flash_moe_engine::engine::Engine;
+use flash_moe_engine::container::Container;
+use flash_moe_engine::engine::{Engine, Options};
 use flash_moe_engine::generation::GenerationConfig;
 use flash_moe_engine::shape::TokenId;
 use flash_moe_engine::tokenizer::Tokenizer;
 
 use super::constrain::{BYTES_PER_TOKEN, Grammars};
+use super::turns::Turns;
 use crate::options::serve::ServeArgs;
 
 /// A model that is ready.
@@ -36,7 +39,14 @@ pub struct Model {
     pub opened: u64,
     /// Tokens after which thinking is ended where a request says nothing; 0: never.
     pub think_budget: usize,
+    /// Tokens of a prompt after which a checkpoint is kept, again and again; 0: none are.
+    pub prefix_every: usize,
+    /// Answers that were given, for conversations that repeat them.
+    pub turns: Turns,
 }
+
+/// Most memory for checkpoints where nobody says.
+const PREFIX_BYTES_MAX: u64 = 2 << 30;
 
 impl Model {
     /// Opens the model that the flags name.
@@ -59,13 +69,35 @@ impl Model {
         let grammars = Grammars::new(&tokenizer, &eos)?;
         options.sessions = args.load.parallel;
         options.other_bytes += tokenizer.count() as u64 * BYTES_PER_TOKEN;
+        options.kept_bytes = prefix_bytes(args, &model.container, &options)?;
         let name = args.answer.alias.clone();
         let name = name.unwrap_or_else(|| model.container.manifest().name.clone());
         let opened = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs());
         let engine = Arc::new(Engine::open(model.container, &options)?);
-        let think_budget = args.answer.think_budget;
-        Ok(Self { engine, tokenizer, template, config, eos, grammars, name, opened, think_budget })
+        Ok(Self {
+            engine,
+            tokenizer,
+            template,
+            config,
+            eos,
+            grammars,
+            name,
+            opened,
+            think_budget: args.answer.think_budget,
+            prefix_every: args.prefix.prefix_every,
+            turns: Turns::default(),
+        })
     }
+}
+
+/// The bound of the flag, or a part of the memory that leaves the pool more than its floor.
+fn prefix_bytes(args: &ServeArgs, container: &Container, options: &Options) -> Result<u64> {
+    if let Some(bytes) = args.prefix.prefix_memory {
+        return Ok(bytes);
+    }
+    let plain = Budget::sized(&Demand::of(container), options)?;
+    let spare = plain.limit.saturating_sub(plain.smallest());
+    Ok((plain.limit / 8).min(spare / 2).min(PREFIX_BYTES_MAX))
 }
 
 /// The template of the flag, or the model's; none is a note, since completions need none.

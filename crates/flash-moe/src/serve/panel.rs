@@ -44,6 +44,10 @@ fn gauges(server: &Server) -> Gauges {
     let (live, waiting) = server.schedule.load();
     let kv = server.metrics.positions.get() as f64;
     let room = server.model.engine.context() * server.model.engine.budget().sessions;
+    let metrics = &server.metrics;
+    let (cached, evicted) = (metrics.cached_tokens.get(), metrics.prefix_evictions.get());
+    let (prefixes, bytes) = (metrics.prefixes.get(), metrics.prefix_bytes.get());
+    let loads = metrics.prefix_loads.get();
     let values = vec![
         ("flash_moe_expert_hits_total", "Experts found in the pool.", Counter, reads.hits as f64),
         ("flash_moe_expert_misses_total", "Experts read.", Counter, reads.misses as f64),
@@ -59,6 +63,16 @@ fn gauges(server: &Server) -> Gauges {
         ("flash_moe_pool_slots_used", "Slots that hold an expert.", Gauge, used as f64),
         ("flash_moe_context_tokens", "Tokens that all contexts hold.", Gauge, room as f64),
         ("flash_moe_context_tokens_used", "Tokens in live contexts.", Gauge, kv),
+        ("flash_moe_cached_tokens_total", "Prompt tokens not computed.", Counter, cached as f64),
+        ("flash_moe_prefixes", "Checkpoints in memory.", Gauge, prefixes as f64),
+        ("flash_moe_prefix_bytes", "Memory of the checkpoints.", Gauge, bytes as f64),
+        (
+            "flash_moe_prefix_evictions_total",
+            "Checkpoints that made room.",
+            Counter,
+            evicted as f64,
+        ),
+        ("flash_moe_prefix_loads_total", "Checkpoints read from disk.", Counter, loads as f64),
         ("flash_moe_live", "Texts that have their turn.", Gauge, live as f64),
         ("flash_moe_waiting", "Texts that wait for it.", Gauge, waiting as f64),
     ];

@@ -467,8 +467,8 @@ async fn count_tokens(State(server): Own, id: Id, body: Body) -> Response {
         let request = anthropic::read(server.body(body).await?, true)?;
         let own = Arc::clone(&server);
         let counted = blocking(move || request.conversation.prompt(&own.model));
-        let (tokens, _) = counted.await?;
-        Ok(json_response(&json!({ "input_tokens": tokens.len() })))
+        let prompt = counted.await?;
+        Ok(json_response(&json!({ "input_tokens": prompt.tokens.len() })))
     };
     settled(answer.await, Dialect::Anthropic, &id)
 }

@@ -55,6 +55,7 @@ pub fn options(container: &Container, isa: Isa) -> Options {
         vocabulary: None,
         sessions: 1,
         other_bytes: 0,
+        kept_bytes: 0,
     };
     let plan = Budget::plan(container, &options).expect("a gigabyte is enough");
     options.memory_bytes = Some(plan.fixed_bytes() + SLOTS as u64 * plan.slot_bytes);

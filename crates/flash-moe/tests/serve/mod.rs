@@ -6,6 +6,7 @@
 mod client;
 
 mod answers;
+mod prefix;
 mod protocols;
 mod shapes;
 

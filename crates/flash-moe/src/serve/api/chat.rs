@@ -224,6 +224,7 @@ pub fn answer(model: &Model, messages: &[Message]) -> Json {
 
 fn message_json(message: &Message) -> Json {
     let calls: Vec<Json> = message
+        .said
         .calls
         .iter()
         .map(|call| {
@@ -231,11 +232,11 @@ fn message_json(message: &Message) -> Json {
                     "function": { "name": call.name, "arguments": call.arguments } })
         })
         .collect();
-    let no_content = message.content.is_empty() && !calls.is_empty();
-    let content = if no_content { Json::Null } else { json!(message.content) };
+    let no_content = message.said.content.is_empty() && !calls.is_empty();
+    let content = if no_content { Json::Null } else { json!(message.said.content) };
     let mut json = json!({ "role": "assistant", "content": content, "refusal": null });
-    if !message.thinking.is_empty() {
-        json["reasoning_content"] = json!(message.thinking);
+    if !message.said.thinking.is_empty() {
+        json["reasoning_content"] = json!(message.said.thinking);
     }
     if !calls.is_empty() {
         json["tool_calls"] = Json::Array(calls);

@@ -118,7 +118,7 @@ pub fn answer(model: &Model, messages: &[Message], choices: usize) -> Json {
     let texts = messages.iter().enumerate().map(|(index, message)| {
         json!({
             "index": index,
-            "text": message.content,
+            "text": message.said.content,
             "logprobs": logprobs_json(model, &message.logprobs, &mut 0),
             "finish_reason": finish_reason(&message.outcome),
         })

@@ -1,66 +1,33 @@
 //! An answer put together from its events, for clients that want it whole.
 //!
-//! A call that broke off is no call: its text joins the content.
+//! Also what all interfaces tell alike: how it ended, and the tokens it took.
 
 use std::hash::{BuildHasher, RandomState};
 
-use flash_moe_engine::reply::Part;
 use serde_json::{Value as Json, json};
 use tokio::sync::mpsc::UnboundedReceiver;
 
 use super::super::schedule::{Event, Failure, Finish, Outcome, TokenLogprobs, Usage};
+use super::super::turns::Said;
 use super::refusal::Refusal;
 
 /// A whole answer.
 #[derive(Clone, Debug)]
 pub struct Message {
-    /// Thinking.
-    pub thinking: String,
-    /// Answer.
-    pub content: String,
-    /// Whole calls.
-    pub calls: Vec<Call>,
+    /// What it says.
+    pub said: Said,
     /// Probabilities, where asked for.
     pub logprobs: Vec<TokenLogprobs>,
     /// How it ended.
     pub outcome: Outcome,
 }
 
-/// A call of a tool.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Call {
-    /// Name of the tool.
-    pub name: String,
-    /// A JSON object.
-    pub arguments: String,
-}
-
 /// The answer so far.
 #[derive(Default)]
 struct Draft {
-    thinking: String,
-    content: String,
-    calls: Vec<Call>,
+    said: Said,
     logprobs: Vec<TokenLogprobs>,
     outcome: Option<Outcome>,
-}
-
-impl Draft {
-    fn take(&mut self, part: Part) {
-        match part {
-            Part::Thinking(text) => self.thinking.push_str(&text),
-            Part::Content(text) => self.content.push_str(&text),
-            Part::CallBegins(name) => self.calls.push(Call { name, arguments: String::new() }),
-            Part::Arguments(text) => {
-                self.calls.last_mut().into_iter().for_each(|call| call.arguments.push_str(&text));
-            }
-            Part::CallEnds => {}
-            Part::Broken(text) => {
-                self.calls.pop();
-                self.content.push_str(&text);
-            }
-        }
-    }
 }
 
 /// Waits for all of `choices` answers.
@@ -77,7 +44,7 @@ pub async fn whole(
         match event {
             Event::Started(_) | Event::Prefilled(_) => {}
             Event::Token { parts, logprobs } => {
-                parts.into_iter().for_each(|part| draft.take(part));
+                parts.into_iter().for_each(|part| draft.said.take(part));
                 draft.logprobs.extend(logprobs);
             }
             Event::Done(outcome) => draft.outcome = Some(outcome),
@@ -86,8 +53,7 @@ pub async fn whole(
     }
     let message = |draft: Draft| {
         let outcome = draft.outcome.ok_or(Failure::Shutdown)?;
-        let Draft { thinking, content, calls, logprobs, .. } = draft;
-        Ok(Message { thinking, content, calls, logprobs, outcome })
+        Ok(Message { said: draft.said, logprobs: draft.logprobs, outcome })
     };
     drafts.into_iter().map(message).collect()
 }
@@ -103,14 +69,16 @@ impl From<Failure> for Refusal {
     }
 }
 
-/// Tokens of several texts of one prompt.
+/// Tokens of several texts of one prompt, which was computed once for all of them: what the first one
+/// to have its turn did not find was not there.
 pub fn total(usages: impl IntoIterator<Item = Usage>) -> Usage {
-    usages.into_iter().fold(Usage::default(), |sum, usage| Usage {
+    let sum = |sum: Usage, usage: Usage| Usage {
         prompt: usage.prompt,
-        cached: sum.cached.max(usage.cached),
+        cached: sum.cached.min(usage.cached),
         generated: sum.generated + usage.generated,
         thinking: sum.thinking + usage.thinking,
-    })
+    };
+    usages.into_iter().reduce(sum).unwrap_or(Usage::default())
 }
 
 /// Tokens as the older of OpenAI's interfaces count them.

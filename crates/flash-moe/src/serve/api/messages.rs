@@ -290,14 +290,14 @@ fn choice(fields: &mut Fields, conversation: &mut Conversation) -> Parsed<()> {
 /// The whole answer.
 pub fn answer(model: &Model, message: &Message) -> Json {
     let mut content = Vec::new();
-    if !message.thinking.is_empty() {
-        let thought = &message.thinking;
+    if !message.said.thinking.is_empty() {
+        let thought = &message.said.thinking;
         content.push(json!({ "type": "thinking", "thinking": thought, "signature": UNSIGNED }));
     }
-    if !message.content.is_empty() {
-        content.push(json!({ "type": "text", "text": message.content }));
+    if !message.said.content.is_empty() {
+        content.push(json!({ "type": "text", "text": message.said.content }));
     }
-    for call in &message.calls {
+    for call in &message.said.calls {
         let input: Json = serde_json::from_str(&call.arguments).unwrap_or_else(|_| json!({}));
         content.push(json!({ "type": "tool_use", "id": new_id("toolu_"), "name": call.name, "input": input }));
     }

@@ -5,7 +5,7 @@
 
 use std::time::Instant;
 
-use flash_moe_engine::chat_template;
+use flash_moe_engine::chat_template::{self, ChatTemplate};
 use flash_moe_engine::reply::{Start, Tool, Tools};
 use flash_moe_engine::sampler::Sampling;
 use flash_moe_engine::shape::TokenId;
@@ -14,7 +14,9 @@ use tokio::sync::mpsc::UnboundedSender;
 
 use super::super::constrain::{Calls, Constraint};
 use super::super::model::Model;
+use super::super::prefix::{Mark, Place, positions};
 use super::super::schedule::{Event, Format, Job, Limits, Origin};
+use super::super::turns::{self, Before};
 use super::refusal::{Parsed, Refusal};
 use crate::options::run::SamplingArgs;
 
@@ -24,6 +26,29 @@ pub const CHOICES_MAX: usize = 16;
 const STOPS_MAX: usize = 64;
 /// Longest name of a conversation.
 const SESSION_BYTES_MAX: usize = 128;
+
+/// A user's message that nobody writes: what stands before it is the same for all conversations.
+const OTHER_USER: &str = "\u{1}";
+
+/// A conversation as the model sees it.
+pub struct Prompt {
+    /// Its tokens.
+    pub tokens: Vec<TokenId>,
+    /// Where the answer begins.
+    start: Start,
+    /// Where the answer stands.
+    before: Before,
+    /// What was rendered.
+    messages: Vec<Json>,
+    text: String,
+}
+
+/// A conversation as text and as tokens.
+struct Rendered {
+    messages: Vec<Json>,
+    text: String,
+    tokens: Vec<TokenId>,
+}
 
 /// What was said so far, and how to go on.
 #[derive(Debug, Default)]
@@ -96,6 +121,8 @@ pub struct Wishes {
 pub struct Prepared {
     /// Its tokens.
     pub prompt: Vec<TokenId>,
+    marks: Vec<Mark>,
+    before: Option<Before>,
     sampling: Sampling,
     limits: Limits,
     format: Format,
@@ -137,33 +164,22 @@ impl OfferedTool {
 }
 
 impl Conversation {
-    /// The prompt, and where the answer begins.
+    /// The prompt.
     ///
     /// # Errors
     /// The model has no template, or the template refuses.
-    pub fn prompt(&self, model: &Model) -> Parsed<(Vec<TokenId>, Start)> {
-        let Some(template) = &model.template else {
-            let why = "this model has no chat template: use /v1/completions";
-            return Err(Refusal::field("messages", why));
+    pub fn prompt(&self, model: &Model) -> Parsed<Prompt> {
+        let template = self.template(model)?;
+        let refused = |e: flash_moe_engine::Error| Refusal::field("messages", e.to_string());
+        let rendered = match self.replayed(model, template).map_err(refused)? {
+            Some(found) => found,
+            None => {
+                let text = self.render(template, &self.messages, true).map_err(refused)?;
+                let tokens = model.tokenizer.encode(&text).map_err(refused)?;
+                Rendered { messages: self.messages.clone(), text, tokens }
+            }
         };
-        let tools: Vec<Json> = match self.choice {
-            Choice::Never => Vec::new(),
-            _ => self.tools.iter().map(OfferedTool::described).collect(),
-        };
-        let uses_tools =
-            self.messages.iter().any(|m| m["role"] == "tool" || m.get("tool_calls").is_some());
-        if template.call_format().is_none() && (!tools.is_empty() || uses_tools) {
-            return Err(Refusal::field("tools", "this model's chat template knows no tools"));
-        }
-        let thinking = self.thinking.filter(|_| template.has_thinking_switch());
-        let text = template
-            .render(&chat_template::Conversation {
-                messages: &self.messages,
-                tools: &tools,
-                generation_prompt: true,
-                thinking,
-            })
-            .map_err(|e| Refusal::field("messages", e.to_string()))?;
+        let Rendered { messages, text, tokens } = rendered;
         let end = text.trim_end();
         let start = match (end.ends_with("<think>"), end.ends_with("</think>")) {
             (true, _) => Start::Thinking,
@@ -171,8 +187,93 @@ impl Conversation {
             _ if model.tokenizer.id("<think>").is_some() => Start::Either,
             _ => Start::Content,
         };
-        let tokens = model.tokenizer.encode(&text);
-        Ok((tokens.map_err(|e| Refusal::field("messages", e.to_string()))?, start))
+        let before = Before::new(&messages, &text);
+        Ok(Prompt { tokens, start, before, messages, text })
+    }
+
+    /// The model's template, if it can render this.
+    fn template<'a>(&self, model: &'a Model) -> Parsed<&'a ChatTemplate> {
+        let Some(template) = &model.template else {
+            let why = "this model has no chat template: use /v1/completions";
+            return Err(Refusal::field("messages", why));
+        };
+        let offers = self.choice != Choice::Never && !self.tools.is_empty();
+        let uses_tools =
+            self.messages.iter().any(|m| m["role"] == "tool" || m.get("tool_calls").is_some());
+        if template.call_format().is_none() && (offers || uses_tools) {
+            return Err(Refusal::field("tools", "this model's chat template knows no tools"));
+        }
+        Ok(template)
+    }
+
+    fn render(
+        &self,
+        template: &ChatTemplate,
+        messages: &[Json],
+        generation_prompt: bool,
+    ) -> flash_moe_engine::Result<String> {
+        let tools: Vec<Json> = match self.choice {
+            Choice::Never => Vec::new(),
+            _ => self.tools.iter().map(OfferedTool::described).collect(),
+        };
+        let thinking = self.thinking.filter(|_| template.has_thinking_switch());
+        template.render(&chat_template::Conversation {
+            messages,
+            tools: &tools,
+            generation_prompt,
+            thinking,
+        })
+    }
+
+    /// Messages, text and tokens of a conversation that repeats answers which this server gave, as far as the
+    /// template shows them whole.
+    fn replayed(
+        &self,
+        model: &Model,
+        template: &ChatTemplate,
+    ) -> flash_moe_engine::Result<Option<Rendered>> {
+        let turns = model.turns.matching(&self.messages);
+        if turns.is_empty() {
+            return Ok(None);
+        }
+        let mut messages = self.messages.clone();
+        for (index, turn) in turns.iter().rev().filter(|(_, t)| !t.said.thinking.is_empty()) {
+            messages[*index]["reasoning_content"] = json!(turn.said.thinking);
+        }
+        let text = self.render(template, &messages, true)?;
+        let ends: Vec<String> = model.eos.iter().filter_map(|&t| model.tokenizer.name(t)).collect();
+        let tokens = turns::splice(&text, &turns, &ends, &model.tokenizer)?;
+        Ok(tokens.map(|tokens| Rendered { messages, text, tokens }))
+    }
+
+    /// Where in the prompt other requests may part from this one: behind the system prompt and the
+    /// tools, and behind a user's last message, since a template may hide later what it opens now. A
+    /// round of tool calls goes on from the answer before instead.
+    fn marks(&self, model: &Model, prompt: &Prompt) -> flash_moe_engine::Result<Vec<Mark>> {
+        let Some(template) = &model.template else { return Ok(Vec::new()) };
+        let mut marks = Vec::new();
+        let system = self.messages.iter().take_while(|m| m["role"] == "system").cloned();
+        let nobody = json!({ "role": "user", "content": OTHER_USER });
+        let other: Vec<Json> = system.chain([nobody]).collect();
+        // A template that refuses these messages has no such place.
+        if let Ok(other) = self.render(template, &other, true) {
+            let other = model.tokenizer.encode(&other)?;
+            let common = prompt.tokens.iter().zip(&other).take_while(|(a, b)| a == b).count();
+            marks.push(Mark { position: common, place: Place::System });
+        }
+        if prompt.messages.last().is_none_or(|last| last["role"] != "user") {
+            return Ok(marks);
+        }
+        let closed = self.render(template, &prompt.messages, false);
+        let opening = closed.ok().and_then(|closed| prompt.text.strip_prefix(&closed));
+        if let Some(opening) = opening {
+            let opening = model.tokenizer.encode(opening)?;
+            if prompt.tokens.ends_with(&opening) {
+                let position = prompt.tokens.len() - opening.len();
+                marks.push(Mark { position, place: Place::Prompt });
+            }
+        }
+        Ok(marks)
     }
 
     /// The tools that a reply may call.
@@ -243,12 +344,18 @@ impl Prepared {
         wishes: &Wishes,
         deadline: Option<Instant>,
     ) -> Parsed<Self> {
-        let (prompt, start) = conversation.prompt(model)?;
+        let prompt = conversation.prompt(model)?;
         let tools = conversation.callable(model)?;
-        let constraint = conversation.constraint(model, tools.as_ref(), start)?;
-        let format = Format { start, stops: wishes.stops.clone(), tools };
-        let prepared = Self::new(model, prompt, format, wishes, deadline)?;
-        Ok(Self { constraint, ..prepared })
+        let constraint = conversation.constraint(model, tools.as_ref(), prompt.start)?;
+        let format = Format { start: prompt.start, stops: wishes.stops.clone(), tools };
+        let marks = conversation.marks(model, &prompt);
+        let mut marks = marks.map_err(|e| Refusal::field("messages", e.to_string()))?;
+        if wishes.choices > 1 {
+            marks.push(Mark { position: prompt.tokens.len(), place: Place::Prompt });
+        }
+        let before = Some(prompt.before);
+        let prepared = Self::new(model, prompt.tokens, format, wishes, deadline)?;
+        Ok(Self { constraint, before, ..prepared.with_marks(model, marks) })
     }
 
     /// From a prompt that is continued as it stands.
@@ -262,7 +369,13 @@ impl Prepared {
         deadline: Option<Instant>,
     ) -> Parsed<Self> {
         let format = Format { start: Start::Content, stops: wishes.stops.clone(), tools: None };
-        Self::new(model, prompt, format, wishes, deadline)
+        let marks = vec![Mark { position: prompt.len(), place: Place::Prompt }];
+        Ok(Self::new(model, prompt, format, wishes, deadline)?.with_marks(model, marks))
+    }
+
+    fn with_marks(mut self, model: &Model, marks: Vec<Mark>) -> Self {
+        self.marks = positions(marks, model.prefix_every, self.prompt.len());
+        self
     }
 
     fn new(
@@ -300,6 +413,8 @@ impl Prepared {
         }
         Ok(Self {
             prompt,
+            marks: Vec::new(),
+            before: None,
             sampling,
             limits: Limits {
                 max_tokens: wishes.max_tokens,
@@ -325,6 +440,8 @@ impl Prepared {
             sampling.seed = sampling.seed.wrapping_add(choice as u64);
             Job {
                 prompt: self.prompt.clone(),
+                marks: self.marks.clone(),
+                before: self.before,
                 sampling,
                 limits: self.limits.clone(),
                 format: self.format.clone(),

@@ -49,7 +49,7 @@ pub fn tokenize(model: &Model, body: Json) -> Parsed<Json> {
                 )?,
                 ..Conversation::default()
             };
-            conversation.prompt(model)?.0
+            conversation.prompt(model)?.tokens
         }
         None => {
             let (content, prompt) = (fields.text("content")?, fields.text("prompt")?);

@@ -12,11 +12,17 @@ use flash_moe_engine::shape::TokenId;
 use tokio::sync::mpsc::UnboundedSender;
 
 use super::super::constrain::Constraint;
+use super::super::prefix::Mark;
+use super::super::turns::Before;
 
 /// A text to generate.
 pub struct Job {
     /// Tokens before it; at least one.
     pub prompt: Vec<TokenId>,
+    /// Where in it checkpoints are kept, in order.
+    pub marks: Vec<Mark>,
+    /// Where in a conversation it stands; `None`: it continues a text.
+    pub before: Option<Before>,
     /// Choice of tokens.
     pub sampling: Sampling,
     /// Where it ends.

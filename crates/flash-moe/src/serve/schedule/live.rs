@@ -10,12 +10,14 @@ use std::time::{Duration, Instant};
 use flash_moe_engine::Result;
 use flash_moe_engine::engine::Engine;
 use flash_moe_engine::logprobs::logprobs;
-use flash_moe_engine::reply::{Ended, Reply};
+use flash_moe_engine::reply::{Ended, Part, Reply};
 use flash_moe_engine::sampler::Sampler;
 use flash_moe_engine::session::Session;
 use flash_moe_engine::shape::TokenId;
 use flash_moe_engine::tokenizer::{TokenStream, Tokenizer};
 
+use super::super::prefix::{Place, PrefixStore};
+use super::super::turns::{Said, Turn};
 use super::job::{Event, Failure, Finish, Job, Outcome, Times, TokenLogprobs, Usage};
 
 /// What every job needs of the model.
@@ -36,6 +38,9 @@ pub struct Live<'a> {
     sampler: Sampler,
     reply: Reply,
     text: TokenStream<'a>,
+    said: Said,
+    emitted: Vec<TokenId>,
+    has_begun: bool,
     usage: Usage,
     times: Times,
     started: Instant,
@@ -46,6 +51,8 @@ pub struct Live<'a> {
 
 /// What a step came to.
 pub enum Step {
+    /// Another text computes what it needs.
+    Waits,
     /// There is more to do.
     Prefilled(usize),
     /// A token was generated.
@@ -67,22 +74,23 @@ impl<'a> Live<'a> {
         let sampler = Sampler::new(job.sampling.clone(), &job.prompt)?;
         let format = job.format.clone();
         let usage = Usage { prompt: job.prompt.len(), ..Usage::default() };
-        let live = Self {
+        Ok(Self {
             vocabulary,
             session: Session::new(engine),
             sampler,
             reply: Reply::new(format.start, format.stops, format.tools),
             text: vocabulary.tokenizer.stream(),
+            said: Said::default(),
+            emitted: Vec::new(),
+            has_begun: false,
             usage,
-            times: Times { queued: job.origin.received.elapsed(), ..Times::default() },
+            times: Times::default(),
             started: Instant::now(),
             first_token: None,
             last_token: Instant::now(),
             between: Duration::ZERO,
             job,
-        };
-        live.tell(Event::Started(usage));
-        Ok(live)
+        })
     }
 
     /// The job.
@@ -93,6 +101,11 @@ impl<'a> Live<'a> {
     /// Tokens in its context.
     pub fn position(&self) -> usize {
         self.session.position()
+    }
+
+    /// Whether it has had a step.
+    pub fn has_begun(&self) -> bool {
+        self.has_begun
     }
 
     /// Time between the last two tokens.
@@ -110,30 +123,84 @@ impl<'a> Live<'a> {
         self.job.events.send((self.job.index, event)).unwrap_or(());
     }
 
-    /// Moves on by one step.
-    pub fn step(&mut self) -> Step {
+    /// Whether it should wait for a checkpoint that `other`, which is ahead of it, is about to keep.
+    pub fn waits_for(&self, other: &Self, prefixes: &PrefixStore) -> bool {
+        if self.has_begun || !prefixes.is_on() {
+            return false;
+        }
+        let (own, theirs) = (&self.job.prompt, &other.job.prompt);
+        let common = own.iter().zip(theirs).take_while(|(a, b)| a == b).count();
+        let coming = other.job.marks.iter().map(|mark| mark.position);
+        let best = coming.filter(|at| (other.position() + 1..=common).contains(at)).max();
+        best.is_some_and(|best| best > prefixes.longest_position(own))
+    }
+
+    /// Moves on by one step; one that waits only finds out whether anybody still listens.
+    pub fn step(&mut self, waits: bool, prefixes: &mut PrefixStore) -> Step {
         if self.job.events.is_closed() {
             return Step::Abandoned;
         }
         if self.job.limits.deadline.is_some_and(|deadline| Instant::now() >= deadline) {
             return Step::Failed(Failure::Timeout);
         }
-        let step = match self.session.position() < self.job.prompt.len() {
-            true => self.prefill(),
-            false => self.generate(),
+        if waits {
+            return Step::Waits;
+        }
+        let step = match self.begin(prefixes) {
+            Ok(()) if self.session.position() < self.job.prompt.len() => self.prefill(prefixes),
+            Ok(()) => self.generate(),
+            Err(error) => Err(error),
         };
+        let step = step.and_then(|step| self.keep_turn(step, prefixes));
         step.unwrap_or_else(|error| Step::Failed(Failure::Engine(error.to_string())))
     }
 
-    fn prefill(&mut self) -> Result<Step> {
+    /// At the first step: goes to the longest prefix that is kept.
+    fn begin(&mut self, prefixes: &mut PrefixStore) -> Result<()> {
+        if self.has_begun {
+            return Ok(());
+        }
+        self.has_begun = true;
+        self.times.queued = self.job.origin.received.elapsed();
+        self.started = Instant::now();
+        if let Some(checkpoint) = prefixes.longest(&self.job.prompt) {
+            self.session.adopt(checkpoint)?;
+            self.usage.cached = self.session.position();
+        }
+        if self.usage.cached == self.job.prompt.len() {
+            self.times.prefill = self.started.elapsed();
+        }
+        self.tell(Event::Started(self.usage));
+        Ok(())
+    }
+
+    fn prefill(&mut self, prefixes: &mut PrefixStore) -> Result<Step> {
         let before = self.session.position();
-        self.session.prefill(&self.job.prompt[before..], &mut |_| ControlFlow::Break(()))?;
+        let mark = self.job.marks.iter().find(|mark| mark.position > before);
+        let mark = mark.filter(|_| prefixes.is_on()).copied();
+        let end = mark.map_or(self.job.prompt.len(), |mark| mark.position);
+        self.session.prefill(&self.job.prompt[before..end], &mut |_| ControlFlow::Break(()))?;
         let done = self.session.position();
+        if let Some(mark) = mark.filter(|mark| mark.position == done) {
+            prefixes.keep(mark.place, self.session.tokens(), || self.session.checkpoint())?;
+        }
         self.tell(Event::Prefilled(done));
         if done == self.job.prompt.len() {
             self.times.prefill = self.started.elapsed();
         }
         Ok(Step::Prefilled(done - before))
+    }
+
+    /// When the text is over: keeps the point behind it, and what it said.
+    fn keep_turn(&mut self, step: Step, prefixes: &mut PrefixStore) -> Result<Step> {
+        let Step::Over(outcome) = &step else { return Ok(step) };
+        prefixes.keep(Place::Turn, self.session.tokens(), || self.session.checkpoint())?;
+        let is_whole = matches!(outcome.finish, Finish::Stop | Finish::Calls);
+        if let (Some(before), true) = (self.job.before, is_whole && prefixes.is_on()) {
+            let tokens = self.emitted.iter().map(|token| token.0).collect();
+            prefixes.record(Turn { before, said: std::mem::take(&mut self.said), tokens });
+        }
+        Ok(step)
     }
 
     fn generate(&mut self) -> Result<Step> {
@@ -202,7 +269,13 @@ impl<'a> Live<'a> {
         let mut parts = Vec::new();
         let piece = self.text.push(token);
         self.reply.push(&piece, &mut parts);
-        self.tell(Event::Token { parts, logprobs: ranked });
+        self.emitted.push(token);
+        self.say(parts, ranked);
+    }
+
+    fn say(&mut self, parts: Vec<Part>, logprobs: Option<TokenLogprobs>) {
+        parts.iter().for_each(|part| self.said.take(part.clone()));
+        self.tell(Event::Token { parts, logprobs });
     }
 
     fn end(&mut self, finish: Finish) -> Step {
@@ -211,7 +284,7 @@ impl<'a> Live<'a> {
         self.reply.push(&rest, &mut parts);
         self.reply.finish(&mut parts);
         if !parts.is_empty() {
-            self.tell(Event::Token { parts, logprobs: None });
+            self.say(parts, None);
         }
         self.times.decode = self.first_token.map_or_else(Default::default, |at| at.elapsed());
         let outcome =

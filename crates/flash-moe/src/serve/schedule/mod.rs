@@ -18,6 +18,7 @@ pub use job::{Event, Failure, Finish, Format, Job, Limits, Origin, Outcome, Toke
 use super::log;
 use super::metrics::Metrics;
 use super::model::Model;
+use super::prefix::PrefixStore;
 pub use live::Step;
 use live::{Live, Vocabulary};
 
@@ -68,6 +69,7 @@ impl Schedule {
     pub fn start(
         model: &Arc<Model>,
         metrics: &Arc<Metrics>,
+        mut prefixes: PrefixStore,
         live_max: usize,
         waiting_max: usize,
     ) -> std::io::Result<Self> {
@@ -80,7 +82,7 @@ impl Schedule {
         let work = (Arc::clone(&shared), Arc::clone(model), Arc::clone(metrics));
         let thread = thread::Builder::new().name("engine".into()).spawn(move || {
             let work = &work;
-            let worked = AssertUnwindSafe(|| work_off(&work.0, &work.1, &work.2));
+            let worked = AssertUnwindSafe(|| work_off(&work.0, &work.1, &work.2, &mut prefixes));
             // A panic has been printed. Without this thread nobody may wait for a turn.
             catch_unwind(worked).unwrap_or(());
             work.0.close();
@@ -175,7 +177,7 @@ impl Shared {
 }
 
 /// The thread: rounds of one step a job, until the queue is closed and empty.
-fn work_off(shared: &Shared, model: &Model, metrics: &Metrics) {
+fn work_off(shared: &Shared, model: &Model, metrics: &Metrics, prefixes: &mut PrefixStore) {
     let vocabulary = Vocabulary {
         tokenizer: &model.tokenizer,
         eos: &model.eos,
@@ -196,12 +198,15 @@ fn work_off(shared: &Shared, model: &Model, metrics: &Metrics) {
             }
         }
         let stopping = shared.is_stopping();
+        let waiting = waiting(&live, prefixes);
         let mut over = Vec::new();
-        for mut job in std::mem::take(&mut live) {
-            let step =
-                if stopping { Step::Failed(Failure::Shutdown) } else { timed(&mut job, metrics) };
+        for (mut job, waits) in std::mem::take(&mut live).into_iter().zip(waiting) {
+            let step = match stopping {
+                true => Step::Failed(Failure::Shutdown),
+                false => timed(&mut job, metrics, |job| job.step(waits, prefixes)),
+            };
             match step {
-                Step::Prefilled(_) | Step::Generated => live.push(job),
+                Step::Waits | Step::Prefilled(_) | Step::Generated => live.push(job),
                 step => over.push((job, step)),
             }
         }
@@ -212,12 +217,23 @@ fn work_off(shared: &Shared, model: &Model, metrics: &Metrics) {
             conclude(&job, step, metrics);
         }
     }
+    prefixes.save_all();
+}
+
+/// Which jobs have to wait for a prefix that one ahead of them computes. The first never does.
+fn waiting(live: &[Live], prefixes: &PrefixStore) -> Vec<bool> {
+    let waits = |at: usize| {
+        let (ahead, behind) = live.split_at(at);
+        let mut others = ahead.iter().chain(behind.iter().filter(|other| other.has_begun()));
+        others.any(|other| live[at].waits_for(other, prefixes))
+    };
+    (0..live.len()).map(waits).collect()
 }
 
 /// One step of a job, counted.
-fn timed(job: &mut Live, metrics: &Metrics) -> Step {
+fn timed(job: &mut Live, metrics: &Metrics, step: impl FnOnce(&mut Live) -> Step) -> Step {
     let (started, before) = (Instant::now(), job.usage());
-    let step = catch_unwind(AssertUnwindSafe(|| job.step())).unwrap_or_else(|_| {
+    let step = catch_unwind(AssertUnwindSafe(|| step(job))).unwrap_or_else(|_| {
         // The panic has been printed; the other jobs share nothing with this one and go on.
         Step::Failed(Failure::Engine("internal error: see the server's log".into()))
     });
@@ -246,6 +262,7 @@ fn conclude(job: &Live, step: Step, metrics: &Metrics) {
         _ => "shutdown",
     };
     metrics.ended(ended);
+    metrics.cached_tokens.add(job.usage().cached as u64);
     log::job(job.job(), job.usage(), &step, ended);
     match step {
         Step::Over(outcome) => job.tell(Event::Done(*outcome)),

@@ -1,0 +1,235 @@
+//! Points of earlier timelines that a prompt may go on from.
+//!
+//! Owns the checkpoints that are kept in memory within a bound, and through `state_dir` those on disk.
+//! A delta-net state cannot be cut back, so only a whole checkpoint serves: the longest one whose
+//! tokens the prompt begins with. When the bound is passed, points that a later one of the same
+//! kind continues go first, then those not used for longest; the latter are written to disk where
+//! there is a directory. Refuses to hold more than the bound, were it for one checkpoint alone.
+
+mod state_dir;
+
+use std::sync::Arc;
+
+use anyhow::Result;
+use flash_moe_engine::session::Checkpoint;
+use flash_moe_engine::shape::TokenId;
+
+use super::metrics::Metrics;
+use super::model::Model;
+use super::turns::Turn;
+use crate::options::serve::PrefixArgs;
+use state_dir::StateDir;
+
+/// Fewer tokens are computed again rather than kept.
+pub const TOKENS_MIN: usize = 16;
+
+/// Where in a conversation a checkpoint was made.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Place {
+    /// Behind the system prompt and the tools.
+    System,
+    /// In the middle of a long prompt.
+    Part,
+    /// Behind the last message or at the end of a prompt.
+    Prompt,
+    /// Behind an answer.
+    Turn,
+}
+
+/// A position of a prompt at which a checkpoint is to be made.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Mark {
+    /// Tokens before it.
+    pub position: usize,
+    /// Why there.
+    pub place: Place,
+}
+
+/// The checkpoints.
+pub struct PrefixStore {
+    model: Arc<Model>,
+    metrics: Arc<Metrics>,
+    kept: Vec<Kept>,
+    uses: u64,
+    bytes_max: u64,
+    dir: Option<StateDir>,
+}
+
+struct Kept {
+    checkpoint: Checkpoint,
+    place: Place,
+    used: u64, // the number of the use
+    is_on_disk: bool,
+}
+
+impl Place {
+    /// Its name in files.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::System => "system",
+            Self::Part => "part",
+            Self::Prompt => "prompt",
+            Self::Turn => "turn",
+        }
+    }
+
+    /// The place of that name.
+    pub fn named(name: &str) -> Option<Self> {
+        [Self::System, Self::Part, Self::Prompt, Self::Turn]
+            .into_iter()
+            .find(|place| place.name() == name)
+    }
+}
+
+/// The positions of a prompt of so many tokens at which to keep a checkpoint: `marks`, and one every
+/// `every` tokens (0: none). In order, each position once, none that is not worth it.
+pub fn positions(marks: Vec<Mark>, every: usize, prompt: usize) -> Vec<Mark> {
+    let parts = (1..prompt.checked_div(every).unwrap_or(0) + 1)
+        .map(|part| Mark { position: part * every, place: Place::Part });
+    let mut all: Vec<Mark> = marks.into_iter().chain(parts).collect();
+    all.retain(|mark| (TOKENS_MIN..=prompt).contains(&mark.position));
+    all.sort_by_key(|mark| mark.position);
+    all.dedup_by_key(|mark| mark.position);
+    all
+}
+
+impl PrefixStore {
+    /// A store with nothing in memory, and with what lies in the directory of the flags. Its bound is
+    /// that of the model's memory plan.
+    ///
+    /// # Errors
+    /// The directory cannot be read.
+    pub fn open(model: &Arc<Model>, metrics: &Arc<Metrics>, args: &PrefixArgs) -> Result<Self> {
+        let engine = &model.engine;
+        let dir = args.state_dir.as_ref();
+        let dir = dir.map(|dir| StateDir::open(dir, args.state_dir_size, engine)).transpose()?;
+        dir.iter().for_each(|dir| dir.load_turns(&model.turns, engine));
+        let bytes_max = engine.options().kept_bytes;
+        let (model, metrics) = (Arc::clone(model), Arc::clone(metrics));
+        Ok(Self { model, metrics, kept: Vec::new(), uses: 0, bytes_max, dir })
+    }
+
+    /// Whether anything is kept at all.
+    pub fn is_on(&self) -> bool {
+        self.bytes_max > 0 || self.dir.is_some()
+    }
+
+    /// Tokens of the longest checkpoint in memory that `prompt` begins with.
+    pub fn longest_position(&self, prompt: &[TokenId]) -> usize {
+        let found = self.kept.iter().filter(|kept| prompt.starts_with(kept.checkpoint.tokens()));
+        found.map(|kept| kept.checkpoint.position()).max().unwrap_or(0)
+    }
+
+    /// The longest checkpoint that `prompt` begins with.
+    pub fn longest(&mut self, prompt: &[TokenId]) -> Option<Checkpoint> {
+        let position = self.longest_position(prompt);
+        let dir = self.dir.as_mut();
+        if let Some((checkpoint, place)) =
+            dir.and_then(|dir| dir.longest(prompt, position + TOKENS_MIN, &self.model.engine))
+        {
+            self.metrics.prefix_loads.add(1);
+            self.insert(checkpoint.clone(), place, true);
+            return Some(checkpoint);
+        }
+        self.uses += 1;
+        let found = self.kept.iter_mut().find(|kept| {
+            kept.checkpoint.position() == position && prompt.starts_with(kept.checkpoint.tokens())
+        })?;
+        found.used = self.uses;
+        Some(found.checkpoint.clone())
+    }
+
+    /// Keeps the point at which `tokens` have been taken; `make` makes it if it is not there yet.
+    ///
+    /// # Errors
+    /// What `make` has to say.
+    pub fn keep(
+        &mut self,
+        place: Place,
+        tokens: &[TokenId],
+        make: impl FnOnce() -> flash_moe_engine::Result<Checkpoint>,
+    ) -> flash_moe_engine::Result<()> {
+        if !self.is_on() || tokens.len() < TOKENS_MIN {
+            return Ok(());
+        }
+        self.uses += 1;
+        if let Some(kept) = self.kept.iter_mut().find(|kept| kept.checkpoint.tokens() == tokens) {
+            kept.used = self.uses;
+            return Ok(());
+        }
+        self.insert(make()?, place, false);
+        Ok(())
+    }
+
+    /// Remembers an answer, for conversations that repeat it.
+    pub fn record(&self, turn: Turn) {
+        self.model.turns.record(turn);
+    }
+
+    /// Writes what is worth it to disk: all but the points that a later one of their kind continues.
+    pub fn save_all(&mut self) {
+        let Some(dir) = &self.dir else { return };
+        dir.save_turns(&self.model.turns, &self.model.engine);
+        while !self.kept.is_empty() {
+            let goes = self.first_to_go();
+            self.evict(goes);
+        }
+    }
+
+    fn insert(&mut self, checkpoint: Checkpoint, place: Place, is_on_disk: bool) {
+        self.uses += 1;
+        self.kept.push(Kept { checkpoint, place, used: self.uses, is_on_disk });
+        while self.bytes() > self.bytes_max {
+            let goes = self.first_to_go();
+            self.evict(goes);
+            self.metrics.prefix_evictions.add(1);
+        }
+        self.metrics.prefixes.set(self.kept.len() as u64);
+        self.metrics.prefix_bytes.set(self.bytes());
+    }
+
+    fn bytes(&self) -> u64 {
+        Checkpoint::bytes_of_all(self.kept.iter().map(|kept| &kept.checkpoint))
+    }
+
+    /// The index of the one that is missed least. There must be one.
+    fn first_to_go(&self) -> usize {
+        let order = |&index: &usize| (!self.is_continued(index), self.kept[index].used);
+        (0..self.kept.len()).min_by_key(order).expect("nothing kept takes no memory")
+    }
+
+    /// Whether another one of the same kind goes on from this one.
+    fn is_continued(&self, index: usize) -> bool {
+        let this = &self.kept[index];
+        let tokens = this.checkpoint.tokens();
+        self.kept.iter().any(|other| {
+            other.place == this.place
+                && other.checkpoint.position() > tokens.len()
+                && other.checkpoint.tokens().starts_with(tokens)
+        })
+    }
+
+    fn evict(&mut self, index: usize) {
+        let is_continued = self.is_continued(index);
+        let Kept { checkpoint, place, is_on_disk, .. } = self.kept.swap_remove(index);
+        if let Some(dir) = self.dir.as_mut().filter(|_| !is_on_disk && !is_continued) {
+            dir.save(&checkpoint, place);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn marks_are_in_order_each_once_and_worth_it() {
+        let mark = |position, place| Mark { position, place };
+        let wished =
+            vec![mark(150, Place::Prompt), mark(100, Place::System), mark(3, Place::System)];
+        let got = positions(wished.clone(), 50, 160);
+        let expected = [mark(50, Place::Part), mark(100, Place::System), mark(150, Place::Prompt)];
+        assert_eq!(got, expected);
+        assert_eq!(positions(wished, 0, 120), [mark(100, Place::System)]);
+    }
+}
