@@ -22,9 +22,10 @@ fn main() {
             println!("threads cannot be kept on their cores here");
             continue;
         }
-        let empty = region(&pool, regions, 0);
-        let alone = region(&Pool::new(1), regions / 10, WORK) / threads as f64;
-        let together = region(&pool, regions / 10, WORK);
+        let items = 2 * threads;
+        let empty = region(&pool, (regions, items), 0);
+        let alone = region(&Pool::new(1), (regions / 10, items), WORK) / threads as f64;
+        let together = region(&pool, (regions / 10, items), WORK);
         if !test {
             println!(
                 "{threads} threads{}: {empty:.2} us an empty region; {:.2} us beyond {alone:.1} of work",
@@ -36,9 +37,8 @@ fn main() {
     println!("every item was done once");
 }
 
-/// Microseconds of a region with two items a thread, each of so much work; the median of 9 rounds.
-fn region(pool: &Pool, regions: usize, work: usize) -> f64 {
-    let items = 2 * std::thread::available_parallelism().map_or(1, usize::from);
+/// Microseconds of a region with so many items, each of so much work; the median of 9 rounds.
+fn region(pool: &Pool, (regions, items): (usize, usize), work: usize) -> f64 {
     let mut times: Vec<f64> = (0..9)
         .map(|_| {
             let done = AtomicUsize::new(0);
