@@ -168,6 +168,9 @@ fn a_plan_adds_up_and_says_what_it_is() {
         let (low, high) = (&plan["expected"][range]["low"], &plan["expected"][range]["high"]);
         assert!(number(low) > 0.0 && number(low) <= number(high), "{range}: {low} to {high}");
     }
+    let chunks: Vec<f64> = list(&plan["chunks"]).iter().map(|c| number(&c["chunk"])).collect();
+    let context = number(&plan["context"]);
+    assert!(!chunks.is_empty() && chunks.is_sorted() && chunks.iter().all(|c| *c <= context));
     let changes: Vec<&Value> = list(&plan["changes"]).iter().map(|c| &c["what"]).collect();
     assert_eq!(changes, ["memory", "disk", "threads"]);
 }

@@ -10,8 +10,8 @@ use serde::Serialize;
 use super::hit_rate;
 use crate::bench::work::Work;
 
-/// What a resident prefill of 512 tokens kept of the products' limit where it was measured
-/// (docs/measurements.md, 19).
+/// What prefill keeps of the products' limit at the cautious end: two resident runs of 512 tokens kept
+/// 0.57 and 0.70 (docs/measurements.md, 19).
 const GEMM_SHARE: f64 = 0.5;
 
 /// What the machine can do, a second.
