@@ -13,7 +13,7 @@ use crate::error::{Error, Result};
 use crate::kv_cache::KvShape;
 use crate::machine;
 use crate::memory::Block;
-use crate::session::Scratch;
+use crate::session::{Scratch, Together};
 use crate::shape::{Mix, Shape};
 use crate::weights::Weights;
 
@@ -221,11 +221,12 @@ fn fixed_lines(demand: &Demand, options: &Options, context: usize) -> Vec<Line> 
     let shape = demand.shape;
     let scratch = Scratch::bytes(shape, options, context);
     let sessions = options.sessions.max(1) as u64;
+    let together = if sessions > 1 { Together::bytes(shape, options) } else { 0 };
     let mut lines = vec![
         Line { name: "dense weights", bytes: demand.dense_bytes },
         Line { name: "KV cache", bytes: sessions * kv_bytes(shape, options, context) },
         Line { name: "delta-net states", bytes: sessions * delta_bytes(shape) },
-        Line { name: "scratch and logits", bytes: sessions * scratch },
+        Line { name: "scratch and logits", bytes: sessions * scratch + together },
         Line { name: "tokenizer and program", bytes: PROGRAM_BYTES + options.other_bytes },
     ];
     if options.kept_bytes > 0 {

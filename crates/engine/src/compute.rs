@@ -6,6 +6,7 @@
 
 use std::cell::RefCell;
 use std::ops::Range;
+use std::sync::Arc;
 
 use flash_moe_kernels::{
     Fixed, FixedLayout, FixedMut, Format, Isa, Rows, TILE_BYTES, TILE_ROWS, TileMut,
@@ -23,6 +24,8 @@ const FIX_ELEMENTS: usize = 8192;
 const FEW_TOKENS: usize = 2;
 /// Tokens whose rows are normed, added, picked or joined as one work item.
 const ITEM_TOKENS: usize = 4;
+/// Rows of a product that are joined as one work item: whole tiles.
+const JOINED_ROWS: usize = 128 * TILE_ROWS;
 /// Floats of a cache line.
 pub const LINE_FLOATS: usize = 16;
 
@@ -63,19 +66,33 @@ impl Arithmetic {
     }
 }
 
+/// What several rows of activations are to each other.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Kin {
+    /// Tokens of one timeline: multiplied together, so that a row's sums are formed in an order that
+    /// may differ from the order of one row alone.
+    OneTimeline,
+    /// A token of each of several timelines: every row gets the bits that it would get alone, and
+    /// only the weights' way from memory is shared.
+    Strangers,
+}
+
 /// The instruction set, the threads and the numbers.
 pub struct Compute {
     /// Kernels to use.
     pub isa: Isa,
     /// Threads to use.
-    pub pool: Pool,
+    pub pool: Arc<Pool>,
     /// Numbers to use.
     pub arithmetic: Arithmetic,
+    /// What rows are to each other.
+    pub kin: Kin,
 }
 
 /// What the products with one vector, or with several, need beside it.
 #[derive(Default)]
 pub struct Activations {
+    strangers: bool,             // vectors of several timelines
     layout: Option<FixedLayout>, // of the fixed form; none if the vector is used as it is
     hi: Vec<i8>,                 // [tokens][cols]
     lo: Vec<i8>,                 // [tokens][cols], empty for 8 bits
@@ -110,7 +127,7 @@ impl Activations {
             scales: cut(&self.scales, &range, all),
             sums,
         });
-        Input { x, sums, fixed }
+        Input { x, sums, fixed, strangers: self.strangers }
     }
 }
 
@@ -126,6 +143,7 @@ pub struct Input<'a> {
     x: &'a [f32],
     sums: &'a [f32],
     fixed: Option<Fixed<'a>>,
+    strangers: bool,
 }
 
 impl Input<'_> {
@@ -146,7 +164,13 @@ impl Input<'_> {
             scales: cut(fixed.scales, range, all),
             sums: cut(fixed.sums, range, all),
         });
-        Self { x: cut(self.x, range, all), sums: cut(self.sums, range, all), fixed }
+        let (x, sums) = (cut(self.x, range, all), cut(self.sums, range, all));
+        Self { x, sums, fixed, strangers: self.strangers }
+    }
+
+    /// Whether so many vectors are multiplied one after the other.
+    fn is_one_by_one(&self, tokens: usize) -> bool {
+        self.strangers || tokens <= FEW_TOKENS
     }
 
     /// `y[t][i] = w[first_row + i] . x[t]` of several: a tile `[tokens][TILE_ROWS]`, of which rows
@@ -160,7 +184,7 @@ impl Input<'_> {
         scratch: &mut [f32],
     ) {
         let tokens = y.len() / TILE_ROWS;
-        if tokens <= FEW_TOKENS {
+        if self.is_one_by_one(tokens) {
             let rows = TILE_ROWS.min(w.rows() - first_row);
             for (t, y) in y.chunks_exact_mut(TILE_ROWS).enumerate() {
                 self.range(&(t..t + 1), tokens).mat_vec(isa, w, first_row, &mut y[..rows]);
@@ -259,12 +283,38 @@ impl Compute {
         let tokens = x.len() / w.cols();
         debug_assert_eq!(y.len(), tokens * w.rows());
         self.prepare(arithmetic, w.format(), x, &mut tmp.input);
-        let input = tmp.input.part(x, 0, 1);
         if tokens == 1 {
-            let rows = item_rows(w);
+            let (input, rows) = (tmp.input.part(x, 0, 1), item_rows(w));
             self.pool.chunks(y, rows, |i, y| input.mat_vec(self.isa, w, i * rows, y));
             return;
         }
+        self.multiply_tiles(w, x, tmp);
+        self.join_tiles(&tmp.tiles, y, tokens);
+    }
+
+    /// As [`Compute::project`], each token's row `[rows]` to a place of its own.
+    pub fn project_each<'y>(
+        &self,
+        w: &Rows,
+        x: &[f32],
+        ys: impl Iterator<Item = &'y mut [f32]>,
+        tmp: &mut Temporary,
+    ) {
+        let tokens = x.len() / w.cols();
+        self.prepare(self.arithmetic, w.format(), x, &mut tmp.input);
+        self.multiply_tiles(w, x, tmp);
+        for (t, y) in ys.enumerate() {
+            self.pool.chunks(y, JOINED_ROWS, |i, y| {
+                let tiles = &tmp.tiles[i * JOINED_ROWS * tokens..];
+                join(tiles, tokens, t, y.len(), y);
+            });
+        }
+    }
+
+    /// Products of the prepared `x [tokens][cols]`: `tmp.tiles [tiles][tokens][TILE_ROWS]`.
+    fn multiply_tiles(&self, w: &Rows, x: &[f32], tmp: &mut Temporary) {
+        let tokens = x.len() / w.cols();
+        let input = tmp.input.part(x, 0, 1);
         let tiles = sized(&mut tmp.tiles, tiled(w.rows()) * tokens);
         // A matrix of few tiles is spread over its tokens too.
         let parts = (2 * self.pool.threads()).div_ceil(w.rows().div_ceil(TILE_ROWS));
@@ -282,7 +332,6 @@ impl Compute {
                 input.multiply(self.isa, w, i / blocks * TILE_ROWS, y, scratch);
             });
         });
-        self.join_tiles(tiles, y, tokens);
     }
 
     /// `silu(G x) * (U x)` for each token: `x [tokens][cols]`, `out [tokens][rows]`.
@@ -323,7 +372,7 @@ impl Compute {
             }
         }
         let count = tokens.len();
-        to.layout = from.layout;
+        (to.layout, to.strangers) = (from.layout, from.strangers);
         if from.layout.is_none() {
             let groups = from.sums.len() / all;
             return pick(&from.sums, sized(&mut to.sums, count * groups), all, tokens);
@@ -348,6 +397,7 @@ impl Compute {
 
     /// Brings vectors into the form in which they meet matrices of a format.
     pub fn prepare(&self, arithmetic: Arithmetic, format: Format, x: &[f32], to: &mut Activations) {
+        to.strangers = self.kin == Kin::Strangers;
         to.layout = FixedLayout::of(format).filter(|_| arithmetic != Arithmetic::Exact);
         let Some(layout) = to.layout else {
             match format {
@@ -431,7 +481,16 @@ pub fn gate_up_tile(
     (x, other_x): (Input, Input),
     y: &mut [f32],
 ) {
-    let unpacked = multiply_floats(gate.cols(), y.len() / TILE_ROWS);
+    let tokens = y.len() / TILE_ROWS;
+    if x.is_one_by_one(tokens) {
+        let (first, rows) = (tile * TILE_ROWS, TILE_ROWS.min(gate.rows() - tile * TILE_ROWS));
+        for (t, y) in y.chunks_exact_mut(TILE_ROWS).enumerate() {
+            let own = (x.range(&(t..t + 1), tokens), other_x.range(&(t..t + 1), tokens));
+            gate_up_rows(isa, (gate, up), first, own, &mut y[..rows]);
+        }
+        return;
+    }
+    let unpacked = multiply_floats(gate.cols(), tokens);
     with_scratch(unpacked + 2 * y.len(), |scratch| {
         let (scratch, products) = scratch.split_at_mut(unpacked);
         let (g, u) = products.split_at_mut(y.len());
@@ -487,8 +546,9 @@ mod tests {
         for threads in [1, 3] {
             let compute = Compute {
                 isa: Isa::detect(),
-                pool: Pool::new(threads),
+                pool: Arc::new(Pool::new(threads)),
                 arithmetic: Arithmetic::Exact,
+                kin: Kin::OneTimeline,
             };
             let mut tmp = Temporary::default();
             let mut many = vec![0.0; tokens * rows];

@@ -4,10 +4,12 @@
 //! engine is shared by any number of sessions and never changes after it is opened, the pool of
 //! experts apart.
 
+use std::sync::Arc;
+
 use flash_moe_kernels::Isa;
 
 use crate::budget::{Budget, Demand};
-use crate::compute::{Arithmetic, Compute};
+use crate::compute::{Arithmetic, Compute, Kin};
 use crate::container::{Container, RecordLayout};
 use crate::error::{Error, Result};
 use crate::kv_cache::{KvFormat, KvShape};
@@ -62,7 +64,10 @@ pub struct Engine {
     options: Options,
     pub(crate) weights: Weights,
     pub(crate) store: ExpertStore,
+    /// For tokens of one timeline.
     pub(crate) compute: Compute,
+    /// For tokens of several timelines, on the same threads.
+    pub(crate) strangers: Compute,
 }
 
 impl Engine {
@@ -87,12 +92,15 @@ impl Engine {
                 spare_bytes: free.saturating_sub(planned),
             },
         )?;
-        let compute = Compute {
+        let pool = Arc::new(Pool::new(options.threads));
+        let [compute, strangers] = [Kin::OneTimeline, Kin::Strangers].map(|kin| Compute {
             isa: options.isa,
-            pool: Pool::new(options.threads),
+            pool: Arc::clone(&pool),
             arithmetic: options.arithmetic,
-        };
-        Ok(Self { container, budget, options: options.clone(), weights, store, compute })
+            kin,
+        });
+        let options = options.clone();
+        Ok(Self { container, budget, options, weights, store, compute, strangers })
     }
 
     /// The container it was opened from.

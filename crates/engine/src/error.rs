@@ -5,6 +5,7 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use crate::shape::{ExpertId, LayerId};
 
@@ -60,6 +61,9 @@ pub enum Error {
         /// Short read, end of file or the system's error.
         reason: String,
     },
+    /// What failed a step that several timelines took together.
+    #[error("{0}")]
+    Together(Arc<Self>),
 }
 
 /// Result of every fallible engine call.

@@ -5,32 +5,29 @@
 //! chunk of a prompt. A session that met an error refuses further work: its caches hold half a token.
 
 mod checkpoint;
+mod pass;
 mod state_file;
 mod synthetic;
+mod together;
 
 use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::time::Instant;
 
-use flash_moe_kernels::TILE_ROWS;
-
 pub use checkpoint::{Checkpoint, Identity};
+pub use pass::Scratch;
 pub use state_file::StateReader;
+pub use together::Together;
 
-use crate::compute::{Temporary, multiply_floats, sized};
-use crate::engine::{Engine, Options};
+use crate::engine::Engine;
 use crate::error::{Error, Result};
 use crate::kv_cache::{KvCache, Line};
-use crate::layer::attend::Gathering;
-use crate::layer::attention::{AttentionInput, AttentionScratch, Rotation, attention};
-use crate::layer::delta_net::{DeltaInput, DeltaScratch, DeltaState, delta_net};
-use crate::layer::experts::{ExpertScratch, MoeInput, gated_block, mixture};
-use crate::layer::lookahead::{LookaheadScratch, NextLayer, look_ahead};
-use crate::layer::router::{Choice, Routes, route};
-use crate::shape::{ExpertId, LayerId, Mix, Shape, TokenId};
+use crate::layer::delta_net::DeltaState;
+use crate::shape::{ExpertId, Mix, TokenId};
 use crate::timing::{Stage, Timing};
 use crate::trace::{Recorder, Trace, Values};
-use crate::weights::{FeedForwardWeights, MixWeights};
+use crate::weights::FeedForwardWeights;
+use pass::Pass;
 
 /// A conversation's state on one engine.
 pub struct Session {
@@ -62,6 +59,22 @@ impl Memory {
             _ => Self::Attention(KvCache::zeroed(engine.kv_shape(), positions)),
         };
         shape.layers.iter().map(|layer| memory(layer.mix)).collect()
+    }
+
+    fn cache(&mut self) -> &mut KvCache {
+        match self {
+            Self::Attention(cache) => cache,
+            Self::DeltaNet(_) => unreachable!("memories are made from the weights' list of layers"),
+        }
+    }
+
+    fn delta(&mut self) -> &mut DeltaState {
+        match self {
+            Self::DeltaNet(state) => state,
+            Self::Attention(_) => {
+                unreachable!("memories are made from the weights' list of layers")
+            }
+        }
     }
 
     /// Calls `take` with all bytes, in parts.
@@ -279,102 +292,33 @@ impl Session {
     /// The forward pass over a chunk of tokens.
     fn forward(&mut self, tokens: &[TokenId], wanted: Wanted) -> Result<()> {
         let engine = Arc::clone(&self.engine);
-        self.embed(&engine, tokens);
-        self.scratch.rotation.fill(&engine.shape().attention, self.position(), tokens.len());
+        let first = self.position();
+        let (scratch, timing) = (&mut self.scratch, &mut self.timing);
+        let mut pass = Pass { engine: &engine, compute: &engine.compute, scratch, timing };
+        pass.embed(tokens.iter().copied(), first..first + tokens.len());
+        self.tap("embed", None, |s| &s.h);
         for layer in 0..engine.shape().layers.len() {
-            self.mix(&engine, layer);
-            self.feed_forward(&engine, layer)?;
-            self.tap("layer", Some(layer), |s| &s.h);
+            self.layer(&engine, layer)?;
         }
         self.tokens.extend_from_slice(tokens);
         self.head(&engine, wanted)
     }
 
-    fn embed(&mut self, engine: &Engine, tokens: &[TokenId]) {
-        let started = Instant::now();
-        let rows = engine.weights.embed.rows();
-        let hidden = engine.shape().hidden;
-        let h = sized(&mut self.scratch.h, tokens.len() * hidden);
-        for (token, h) in tokens.iter().zip(h.chunks_exact_mut(hidden)) {
-            engine.compute.isa.unpack_row(&rows, token.0 as usize, h);
-        }
-        self.timing.add(Stage::Embed, started, 0);
-        self.tap("embed", None, |s| &s.h);
-    }
-
-    /// `h += mix(norm(h))`.
-    fn mix(&mut self, engine: &Engine, layer: usize) {
-        let started = Instant::now();
-        let (shape, compute) = (engine.shape(), &engine.compute);
-        let weights = &engine.weights.layers[layer];
-        let s = &mut self.scratch;
-        let x = sized(&mut s.x, s.h.len());
-        compute.norm(&s.h, &weights.input_norm, shape.rms_eps, x);
-        let y = sized(&mut s.y, s.h.len());
-        let (stage, bytes) = match (&weights.mix, &mut self.memories[layer]) {
-            (MixWeights::Attention(w), Memory::Attention(cache)) => {
-                let input = AttentionInput { shape, weights: w, rotation: &s.rotation, x };
-                attention(compute, &input, cache, &mut s.attention, &mut s.tmp, y);
-                let weights = w.q.bytes() + w.k.bytes() + w.v.bytes() + w.o.bytes();
-                (Stage::Attention, weights + cache.bytes() as usize)
-            }
-            (MixWeights::DeltaNet(w), Memory::DeltaNet(state)) => {
-                let input = DeltaInput { shape, weights: w, x };
-                delta_net(compute, &input, state, &mut s.delta, &mut s.tmp, y);
-                let moved = 2 * size_of_val(&state.state[..]);
-                (Stage::DeltaNet, w.qkv.bytes() + w.z.bytes() + w.out.bytes() + moved)
-            }
-            _ => unreachable!("memories are made from the same layer list as the weights"),
-        };
-        compute.add(y, shape.hidden, &mut s.h);
-        self.timing.add(stage, started, bytes);
+    fn layer(&mut self, engine: &Engine, layer: usize) -> Result<()> {
+        let (scratch, timing) = (&mut self.scratch, &mut self.timing);
+        let mut pass = Pass { engine, compute: &engine.compute, scratch, timing };
+        pass.mix(layer, std::iter::once(&mut self.memories[layer]));
         self.tap("mixer", Some(layer), |s| &s.y);
-    }
-
-    /// `h += experts(norm(h))`, or the dense block.
-    fn feed_forward(&mut self, engine: &Engine, layer: usize) -> Result<()> {
-        let started = Instant::now();
-        let (shape, compute) = (engine.shape(), &engine.compute);
-        let weights = &engine.weights.layers[layer];
-        let s = &mut self.scratch;
-        let x = sized(&mut s.x, s.h.len());
-        compute.norm(&s.h, &weights.post_norm, shape.rms_eps, x);
-        let y = sized(&mut s.y, s.h.len());
-        match &weights.feed_forward {
-            FeedForwardWeights::Dense(block) => {
-                gated_block(compute, block, x, &mut s.experts, &mut s.tmp, y);
-                self.timing.add(Stage::Dense, started, block.bytes());
-            }
-            FeedForwardWeights::Experts(w) => {
-                let choice = Choice { top_k: engine.top_k(), renormalise: shape.moe.renormalise };
-                route(compute, &w.router, choice, x, &mut s.routes, &mut s.tmp);
-                self.timing.add(Stage::Route, started, w.router.bytes());
-                let next = next_layer(engine, layer, &self.previous, &s.h);
-                let how = (engine.options().lookahead, choice, shape.rms_eps);
-                let mut reading = |tmp: &mut Temporary| {
-                    if let Some(next) = &next {
-                        look_ahead(compute, &engine.store, how, next, &mut s.lookahead, tmp);
-                    }
-                };
-                let id = LayerId(layer as u16);
-                let mut input = MoeInput {
-                    store: &engine.store,
-                    layer: id,
-                    layout: engine.layout(id),
-                    weights: w,
-                    routes: &s.routes,
-                    x,
-                    reading: &mut reading,
-                };
-                mixture(compute, &mut input, &mut s.experts, &mut s.tmp, &mut self.timing, y)?;
-                self.previous[layer].clear();
-                let last = s.routes.experts.len() - choice.top_k;
-                self.previous[layer].extend_from_slice(&s.routes.experts[last..]);
-            }
+        let (scratch, timing) = (&mut self.scratch, &mut self.timing);
+        let mut pass = Pass { engine, compute: &engine.compute, scratch, timing };
+        let used = pass.feed_forward(layer, &self.previous)?;
+        if let Some(last) = used.rchunks_exact(engine.top_k()).next() {
+            self.previous[layer].clear();
+            self.previous[layer].extend_from_slice(last);
         }
-        compute.add(y, shape.hidden, &mut s.h);
         self.tap_routes(engine, layer);
         self.tap("moe", Some(layer), |s| &s.y);
+        self.tap("layer", Some(layer), |s| &s.h);
         Ok(())
     }
 
@@ -382,14 +326,11 @@ impl Session {
     fn head(&mut self, engine: &Engine, wanted: Wanted) -> Result<()> {
         let started = Instant::now();
         let hidden = engine.shape().hidden;
-        let s = &mut self.scratch;
-        let x = sized(&mut s.x, s.h.len());
-        engine.compute.norm(&s.h, &engine.weights.norm, engine.shape().rms_eps, x);
+        let (scratch, timing) = (&mut self.scratch, &mut self.timing);
+        let mut pass = Pass { engine, compute: &engine.compute, scratch, timing };
+        let x = pass.final_norm();
         if !x.iter().all(|v| v.is_finite()) {
-            return Err(Error::NotFinite(format!(
-                "the hidden state at position {} is not finite; run `flash-moe verify` on the model",
-                self.position() - 1
-            )));
+            return Err(self.not_finite());
         }
         self.tap("final_norm", None, |s| &s.x);
         let head = engine.weights.head();
@@ -415,6 +356,13 @@ impl Session {
         }
         self.timing.add(Stage::Logits, started, (rows - first) * head.bytes());
         Ok(())
+    }
+
+    fn not_finite(&self) -> Error {
+        Error::NotFinite(format!(
+            "the hidden state at position {} is not finite; run `flash-moe verify` on the model",
+            self.position() - 1
+        ))
     }
 
     fn tap(&mut self, name: &'static str, layer: Option<usize>, rows: fn(&Scratch) -> &Vec<f32>) {
@@ -460,67 +408,5 @@ impl Session {
                 }
             }
         }
-    }
-}
-
-/// The layer after `layer`, if it has experts to look ahead for.
-fn next_layer<'a>(
-    engine: &'a Engine,
-    layer: usize,
-    previous: &'a [Vec<ExpertId>],
-    h: &'a [f32],
-) -> Option<NextLayer<'a>> {
-    let next = engine.weights.layers.get(layer + 1)?;
-    let FeedForwardWeights::Experts(weights) = &next.feed_forward else { return None };
-    Some(NextLayer {
-        layer: LayerId((layer + 1) as u16),
-        norm: &next.post_norm,
-        weights,
-        previous: &previous[layer + 1],
-        h,
-    })
-}
-
-/// Buffers of the forward pass, grown to the largest chunk seen and then reused.
-#[derive(Default)]
-pub struct Scratch {
-    h: Vec<f32>, // residual stream, [tokens][hidden]
-    x: Vec<f32>, // normed rows, [tokens][hidden]
-    y: Vec<f32>, // a block's output, [tokens][hidden]
-    rotation: Rotation,
-    attention: AttentionScratch,
-    delta: DeltaScratch,
-    routes: Routes,
-    experts: ExpertScratch,
-    lookahead: LookaheadScratch,
-    tmp: Temporary,
-}
-
-impl Scratch {
-    /// Bytes that a session's buffers and the threads' scratch take at most.
-    pub fn bytes(shape: &Shape, options: &Options, context: usize) -> u64 {
-        let tokens = options.prefill_chunk.min(context).max(1);
-        let (a, moe, hidden) = (&shape.attention, &shape.moe, shape.hidden);
-        let top_k = options.experts_per_token.unwrap_or(moe.top_k);
-        let width = moe.width.max(moe.shared_width).max(shape.dense_width);
-        let (delta, delta_thread, delta_widest) = match &shape.delta {
-            Some(d) => {
-                (DeltaScratch::floats(d, tokens), DeltaScratch::thread_floats(d), d.conv_channels())
-            }
-            None => (0, 0, 0),
-        };
-        let widest = delta_widest.max(2 * a.heads * a.head_dim).max(hidden).max(width);
-        let session = 3 * tokens * hidden
-            + tokens * a.rotary_dims
-            + AttentionScratch::floats(a, tokens)
-            + delta
-            + Routes::floats(moe.experts, top_k, tokens)
-            + ExpertScratch::floats(moe, hidden, width, (tokens, top_k))
-            + Temporary::floats(tokens, widest)
-            + shape.vocab
-            + context;
-        let multiply = multiply_floats(widest, tokens) + 2 * TILE_ROWS * tokens;
-        let thread = Gathering::thread_floats(a).max(delta_thread).max(multiply);
-        ((session + options.threads * thread) * size_of::<f32>()) as u64
     }
 }

@@ -23,3 +23,4 @@ mod hot_set;
 mod run;
 mod serve;
 mod state;
+mod together;

@@ -198,10 +198,21 @@ fn merge(chunk: &Chunk, ranges: &[f32], row: usize, out: &mut [f32]) {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
-    use crate::compute::Arithmetic;
+    use crate::compute::{Arithmetic, Kin};
     use crate::kv_cache::{KvFormat, KvShape};
     use crate::pool::Pool;
+
+    fn compute(threads: usize) -> Compute {
+        Compute {
+            isa: Isa::detect(),
+            pool: Arc::new(Pool::new(threads)),
+            arithmetic: Arithmetic::Exact,
+            kin: Kin::OneTimeline,
+        }
+    }
 
     fn shape(heads: usize, kv_heads: usize, head_dim: usize) -> Attention {
         Attention {
@@ -239,8 +250,7 @@ mod tests {
     fn a_token_sees_pages_in_codes_by_their_age_whatever_chunk_it_came_in() {
         let a = shape(16, 2, 64);
         let rows: Vec<f32> = (0..400 * 16 * 64).map(|i| 3.0 * number(i)).collect();
-        let compute =
-            Compute { isa: Isa::detect(), pool: Pool::new(2), arithmetic: Arithmetic::Exact };
+        let compute = compute(2);
         for name in ["f32", "f16", "bf16", "int8", "tq2", "tq3", "k4v2"] {
             let format = name.parse::<KvFormat>().expect("a format").with_window(1, 1);
             let attended = |chunk: usize| {
@@ -313,8 +323,7 @@ mod tests {
             let rows: Vec<f32> = (0..tokens * width).map(|i| 3.0 * number(i)).collect();
             let queries = Projected { rows: &rows, stride: a.head_dim, first };
             let attended = |threads| {
-                let (pool, arithmetic) = (Pool::new(threads), Arithmetic::Exact);
-                let compute = Compute { isa: Isa::detect(), pool, arithmetic };
+                let compute = compute(threads);
                 let mut out = vec![9.0; tokens * width];
                 let mut gathering = Gathering::default();
                 attend(&compute, (&a, &cache), &queries, &mut gathering, &mut out, |_, _| {});

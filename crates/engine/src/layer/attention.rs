@@ -38,19 +38,19 @@ pub struct Rotation {
 }
 
 impl Rotation {
-    /// Fills the tables for `tokens` positions from `first` on.
+    /// Fills the tables for these positions, one for each token.
     ///
     /// Angles are the position times [`Attention::frequency`], formed in f64: at position 200,000 an
     /// f32 angle is off by hundredths of a radian.
-    pub fn fill(&mut self, a: &Attention, first: usize, tokens: usize) {
+    pub fn fill(&mut self, a: &Attention, positions: impl ExactSizeIterator<Item = usize> + Clone) {
         let half = a.rotary_dims / 2;
-        let cos = sized(&mut self.cos, tokens * half);
-        let sin = sized(&mut self.sin, tokens * half);
+        let cos = sized(&mut self.cos, positions.len() * half);
+        let sin = sized(&mut self.sin, positions.len() * half);
         let scale = a.rotation_scale();
         for j in 0..half {
             let frequency = a.frequency(j);
-            for t in 0..tokens {
-                let (s, c) = ((first + t) as f64 * frequency).sin_cos();
+            for (t, position) in positions.clone().enumerate() {
+                let (s, c) = (position as f64 * frequency).sin_cos();
                 cos[t * half + j] = (c * scale) as f32;
                 sin[t * half + j] = (s * scale) as f32;
             }
@@ -74,11 +74,12 @@ pub struct AttentionInput<'a> {
     pub x: &'a [f32],
 }
 
-/// Appends the chunk to the cache and writes the mix of each token to `out [tokens][hidden]`.
+/// Appends each timeline's tokens to its cache and writes the mix of each token to
+/// `out [tokens][hidden]`. The tokens are shared out evenly over the caches, in their order.
 pub fn attention(
     compute: &Compute,
     input: &AttentionInput,
-    cache: &mut KvCache,
+    caches: &mut [&mut KvCache],
     scratch: &mut AttentionScratch,
     tmp: &mut Temporary,
     out: &mut [f32],
@@ -105,7 +106,7 @@ pub fn attention(
             );
         }
     };
-    let is_rotated = cache.is_rotated();
+    let is_rotated = caches[0].is_rotated();
     compute.pool.chunks2((projected, a.heads * stride), (keys, kv_width), |t, q, k| {
         turn(t, q, stride, &w.q_norm);
         if is_rotated {
@@ -113,21 +114,28 @@ pub fn attention(
         }
         turn(t, k, a.head_dim, &w.k_norm);
     });
-    let first = cache.len();
-    cache.append(keys, values);
 
-    let rows = Projected { rows: projected, stride, first };
     let mixed = sized(&mut scratch.mixed, tokens * width);
-    attend(compute, (a, cache), &rows, &mut scratch.gathering, mixed, |i, out| {
-        if is_rotated {
-            rotate_back(out);
-        }
-        if a.gate {
-            let gate = &rows.rows[i * stride + a.head_dim..][..a.head_dim];
-            compute.isa.sigmoid_mul(gate, out);
-        }
-    });
-    cache.settle();
+    let own = tokens / caches.len(); // tokens of a timeline
+    for (i, (cache, mixed)) in
+        caches.iter_mut().zip(mixed.chunks_exact_mut(own * width)).enumerate()
+    {
+        let first = cache.len();
+        let new = i * own * kv_width..(i + 1) * own * kv_width;
+        cache.append(&keys[new.clone()], &values[new]);
+        let rows = &projected[i * own * a.heads * stride..][..own * a.heads * stride];
+        let rows = Projected { rows, stride, first };
+        attend(compute, (a, cache), &rows, &mut scratch.gathering, mixed, |i, out| {
+            if is_rotated {
+                rotate_back(out);
+            }
+            if a.gate {
+                let gate = &rows.rows[i * stride + a.head_dim..][..a.head_dim];
+                compute.isa.sigmoid_mul(gate, out);
+            }
+        });
+        cache.settle();
+    }
     compute.project(&w.o.rows(), mixed, out, tmp);
 }
 

@@ -4,6 +4,8 @@
 //! 64 the updates form a unit lower triangular system, solved row by row, and the state is read and
 //! written once. The convolution's history is the raw projection, before convolution and silu.
 
+use std::ops::Range;
+
 use flash_moe_kernels::{DeltaHead, Isa};
 
 use crate::compute::{Compute, Temporary, sized, with_scratch};
@@ -76,11 +78,12 @@ pub struct DeltaInput<'a> {
     pub x: &'a [f32],
 }
 
-/// Advances the state over the chunk and writes the mix of each token to `out [tokens][hidden]`.
+/// Advances each timeline's state over its tokens and writes the mix of each token to
+/// `out [tokens][hidden]`. The tokens are shared out evenly over the states, in their order.
 pub fn delta_net(
     compute: &Compute,
     input: &DeltaInput,
-    state: &mut DeltaState,
+    states: &mut [&mut DeltaState],
     scratch: &mut DeltaScratch,
     tmp: &mut Temporary,
     out: &mut [f32],
@@ -93,48 +96,71 @@ pub fn delta_net(
     compute.project(&w.z.rows(), input.x, sized(&mut scratch.z, tokens * d.value_width()), tmp);
     compute.project(&w.b.rows(), input.x, sized(&mut scratch.b, tokens * d.value_heads), tmp);
     compute.project(&w.a.rows(), input.x, sized(&mut scratch.a, tokens * d.value_heads), tmp);
-    convolve(compute, (d, w), scratch, &mut state.history);
+    sized(&mut scratch.mixed, tokens * d.conv_channels());
+    let own = tokens / states.len(); // tokens of a timeline
+    for (i, state) in states.iter_mut().enumerate() {
+        convolve(compute, (d, w), (i * own..(i + 1) * own, scratch), &mut state.history);
+    }
     gates(w, &mut scratch.a, &mut scratch.b);
-
-    let by_head = sized(&mut scratch.by_head, tokens * d.value_width());
-    let rule = Rule { d, isa: compute.isa, qkv: &scratch.mixed, g: &scratch.a, beta: &scratch.b };
-    let head_state = d.key_dim * d.value_dim;
-    compute.pool.chunks2(
-        (&mut state.state, head_state),
-        (by_head, tokens * d.value_dim),
-        |head, s, o| {
-            if tokens < CHUNKED_FROM {
-                rule.recurrent(head, s, o);
-            } else {
-                rule.chunked(head, s, o);
-            }
-            for (t, o) in o.chunks_exact_mut(d.value_dim).enumerate() {
-                let z = &scratch.z[(t * d.value_heads + head) * d.value_dim..][..d.value_dim];
-                compute.isa.gated_norm(o, &w.norm, z, input.shape.rms_eps);
-            }
-        },
-    );
+    sized(&mut scratch.by_head, tokens * d.value_width());
+    for (i, state) in states.iter_mut().enumerate() {
+        advance(compute, input, (i * own..(i + 1) * own, scratch), &mut state.state);
+    }
     let by_head = &scratch.by_head;
     let by_token = sized(&mut scratch.by_token, tokens * d.value_width());
     compute.pool.chunks(by_token, d.value_width(), |t, row| {
+        let (timeline, t) = (t / own, t % own);
+        let by_head = &by_head[timeline * own * d.value_width()..];
         for (head, row) in row.chunks_exact_mut(d.value_dim).enumerate() {
-            row.copy_from_slice(&by_head[(head * tokens + t) * d.value_dim..][..d.value_dim]);
+            row.copy_from_slice(&by_head[(head * own + t) * d.value_dim..][..d.value_dim]);
         }
     });
     compute.project(&w.out.rows(), by_token, out, tmp);
 }
 
-/// Causal depthwise convolution with silu, then the norm of queries and keys.
+/// The rule over a timeline's tokens, then the gated norm: `by_head` of those tokens.
+fn advance(
+    compute: &Compute,
+    input: &DeltaInput,
+    (tokens, scratch): (Range<usize>, &mut DeltaScratch),
+    state: &mut [f32],
+) {
+    let d = input.shape.delta.as_ref().expect("a delta-net layer has its dimensions");
+    let rule = Rule {
+        d,
+        isa: compute.isa,
+        qkv: &scratch.mixed[tokens.start * d.conv_channels()..],
+        g: &scratch.a[tokens.start * d.value_heads..],
+        beta: &scratch.b[tokens.start * d.value_heads..],
+    };
+    let z = &scratch.z[tokens.start * d.value_width()..];
+    let width = d.value_width();
+    let by_head = &mut scratch.by_head[tokens.start * width..tokens.end * width];
+    let (count, head_state) = (tokens.len(), d.key_dim * d.value_dim);
+    compute.pool.chunks2((state, head_state), (by_head, count * d.value_dim), |head, s, o| {
+        if count < CHUNKED_FROM {
+            rule.recurrent(head, s, o);
+        } else {
+            rule.chunked(head, s, o);
+        }
+        for (t, o) in o.chunks_exact_mut(d.value_dim).enumerate() {
+            let z = &z[(t * d.value_heads + head) * d.value_dim..][..d.value_dim];
+            compute.isa.gated_norm(o, &input.weights.norm, z, input.shape.rms_eps);
+        }
+    });
+}
+
+/// Causal depthwise convolution of a timeline's tokens with silu, then the norm of queries and keys.
 fn convolve(
     compute: &Compute,
     (d, w): (&DeltaNet, &DeltaNetWeights),
-    scratch: &mut DeltaScratch,
+    (tokens, scratch): (Range<usize>, &mut DeltaScratch),
     history: &mut [f32],
 ) {
     let channels = d.conv_channels();
-    let raw = &scratch.raw;
+    let raw = &scratch.raw[tokens.start * channels..tokens.end * channels];
     let taps: [&[f32]; 4] = std::array::from_fn(|j| &w.conv[j * channels..][..channels]);
-    let mixed = sized(&mut scratch.mixed, raw.len());
+    let mixed = &mut scratch.mixed[tokens.start * channels..tokens.end * channels];
     let (past, isa) = (&*history, compute.isa);
     compute.pool.chunks(mixed, channels, |t, mixed| {
         // Column j of the window is the raw projection of token t - 3 + j.
@@ -149,8 +175,7 @@ fn convolve(
         q.chunks_exact_mut(d.key_dim).for_each(|q| isa.l2_norm(q, NORM_EPS, query_scale));
         k.chunks_exact_mut(d.key_dim).for_each(|k| isa.l2_norm(k, NORM_EPS, 1.0));
     });
-    let tokens = raw.len() / channels;
-    let kept = HISTORY.saturating_sub(tokens);
+    let kept = HISTORY.saturating_sub(tokens.len());
     history.copy_within((HISTORY - kept) * channels.., 0);
     let newest = raw.len() - (HISTORY - kept) * channels;
     history[kept * channels..].copy_from_slice(&raw[newest..]);

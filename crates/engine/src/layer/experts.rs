@@ -5,7 +5,8 @@
 //! router's order, so that the order in which records land never changes a result. A chunk: tokens
 //! are sorted by expert and every expert is read once and multiplied by all of its tokens; those that
 //! have landed by then form a wave and are computed together. Experts ascend, which fixes the order
-//! of the sums.
+//! of the sums. Tokens of several timelines go in waves too, of whatever has landed, but every token's
+//! outputs are kept apart and summed as those of one token are.
 
 use std::ops::Range;
 use std::time::Instant;
@@ -13,8 +14,8 @@ use std::time::Instant;
 use flash_moe_kernels::{Isa, Rows, TILE_ROWS};
 
 use crate::compute::{
-    Activations, Compute, Temporary, gate_up_rows, gate_up_tile, item_rows, join, multiply_floats,
-    sized, tiled, with_scratch,
+    Activations, Compute, Kin, Temporary, gate_up_rows, gate_up_tile, item_rows, join,
+    multiply_floats, sized, tiled, with_scratch,
 };
 use crate::container::RecordLayout;
 use crate::error::Result;
@@ -40,6 +41,7 @@ pub struct ExpertScratch {
     ends: Vec<usize>,         // of the parts of a buffer
     active: Vec<f32>,         // [pairs or experts][width]
     outputs: Vec<f32>,        // [experts][hidden], or of a wave as `tiles`
+    kept: Vec<f32>,           // [tokens][top_k][hidden], of tokens of several timelines
     middle: Activations,      // of the ready experts, `[experts][width]`
     gates: Vec<f32>,          // [tokens], of the shared expert
     landed_at: Vec<usize>,    // [top_k], place in `outputs` of each rank's expert
@@ -52,6 +54,7 @@ pub struct ExpertScratch {
 struct Pair {
     expert: ExpertId,
     token: u32,
+    rank: u32, // of the expert among the token's
     weight: f32,
 }
 
@@ -75,11 +78,31 @@ impl ExpertScratch {
         (tokens, top_k): (usize, usize),
     ) -> usize {
         let pairs = tokens.max(top_k).max(WAVE_PAIRS.min(tokens * top_k));
+        Self::pair_floats(moe, (hidden, width), tokens, pairs) + 5 * tokens * top_k
+    }
+
+    /// Floats needed for a token of each of several timelines.
+    pub fn strangers_floats(
+        moe: &Moe,
+        hidden: usize,
+        width: usize,
+        (tokens, top_k): (usize, usize),
+    ) -> usize {
+        let pairs = tokens * top_k;
+        Self::pair_floats(moe, (hidden, width), tokens, pairs) + pairs * (hidden + 10)
+    }
+
+    fn pair_floats(
+        moe: &Moe,
+        (hidden, width): (usize, usize),
+        tokens: usize,
+        pairs: usize,
+    ) -> usize {
         let middle = Activations::floats(pairs * moe.width);
         let forms =
             2 * Activations::floats(tokens * hidden) + 2 * Activations::floats(pairs * hidden);
         let rows = pairs * (hidden + tiled(hidden) + width + tiled(width));
-        rows + middle + forms + 5 * tokens * top_k
+        rows + middle + forms
     }
 }
 
@@ -113,10 +136,11 @@ pub fn mixture(
     timing: &mut Timing,
     out: &mut [f32],
 ) -> Result<()> {
-    if out.len() == input.layout.gate.cols {
-        one_token(compute, input, scratch, tmp, timing, out)
-    } else {
-        chunk(compute, input, scratch, tmp, timing, out)
+    let is_one = out.len() == input.layout.gate.cols;
+    match compute.kin {
+        _ if is_one => one_token(compute, input, scratch, tmp, timing, out),
+        Kin::OneTimeline => chunk(compute, input, scratch, tmp, timing, out),
+        Kin::Strangers => strangers(compute, input, scratch, tmp, timing, out),
     }
 }
 
@@ -281,10 +305,65 @@ fn chunk(
         rest = &rest[wave.pairs.len()..];
         timing.add(Stage::Fetch, started, 0);
         let started = Instant::now();
-        compute_wave(compute, input, (&wave, differ), scratch, out);
+        compute_wave(compute, input, (&wave, differ), scratch);
+        let outputs = &scratch.outputs;
+        compute.pool.chunks(out, ADDED_TOKENS * hidden, |i, out| {
+            add_outputs(compute.isa, &wave, (outputs, hidden), i * ADDED_TOKENS, out);
+        });
         let bytes = wave.records.len() * input.layout.record_bytes();
         timing.add(Stage::Experts, started, bytes);
     }
+    scratch.by_expert = by_expert;
+    Ok(())
+}
+
+/// One token of each of several timelines. An expert that any of them needs is asked for once, and
+/// what has landed is computed together. Every row gets the bits of [`one_token`].
+fn strangers(
+    compute: &Compute,
+    input: &MoeInput,
+    scratch: &mut ExpertScratch,
+    tmp: &mut Temporary,
+    timing: &mut Timing,
+    out: &mut [f32],
+) -> Result<()> {
+    let hidden = input.layout.gate.cols;
+    let tokens = out.len() / hidden;
+    let top_k = input.routes.experts.len() / tokens;
+    sort_by_expert(input.routes, tokens, scratch);
+    let by_expert = std::mem::take(&mut scratch.by_expert);
+    let groups: Vec<&[Pair]> = by_expert.chunk_by(|a, b| a.expert == b.expert).collect();
+    let experts: Vec<ExpertId> = groups.iter().map(|pairs| pairs[0].expert).collect();
+    let mut fetch = input.store.fetch(input.layer, &experts);
+    shared(compute, input, scratch, tmp, timing, out);
+
+    let formats = (input.layout.gate.precision.format(), input.layout.up.precision.format());
+    let differ = compute.prepare_forms(formats, input.x, scratch.whole.each_mut());
+    sized(&mut scratch.kept, tokens * top_k * hidden);
+    loop {
+        let started = Instant::now();
+        let mut landed = Landed::new();
+        fetch.ready(&mut landed)?;
+        timing.add(Stage::Fetch, started, 0);
+        if landed.is_empty() {
+            break;
+        }
+        let started = Instant::now();
+        let pairs: Vec<Pair> = landed.iter().flat_map(|(i, _)| groups[*i]).copied().collect();
+        let wave = Wave::landed(landed, &groups, &pairs);
+        compute_wave(compute, input, (&wave, differ), scratch);
+        keep_outputs(&wave, (&scratch.outputs, hidden), top_k, &mut scratch.kept);
+        let bytes = wave.records.len() * input.layout.record_bytes();
+        timing.add(Stage::Experts, started, bytes);
+    }
+    let (kept, weights) = (&scratch.kept, &input.routes.weights);
+    compute.pool.chunks(out, hidden, |t, out| {
+        let own = t * top_k..(t + 1) * top_k;
+        let outputs = kept[t * top_k * hidden..].chunks_exact(hidden);
+        for (weight, output) in weights[own].iter().zip(outputs) {
+            compute.isa.axpy(*weight, output, out);
+        }
+    });
     scratch.by_expert = by_expert;
     Ok(())
 }
@@ -323,6 +402,17 @@ impl<'s, 'p> Wave<'s, 'p> {
         Ok(wave)
     }
 
+    /// Records that have landed, each with its place among the groups; `pairs` are theirs.
+    fn landed(landed: Landed<'s>, groups: &[&[Pair]], pairs: &'p [Pair]) -> Self {
+        let mut ends = Vec::with_capacity(landed.len());
+        let mut records = Vec::with_capacity(landed.len());
+        for (group, record) in landed {
+            ends.push(ends.last().copied().unwrap_or(0) + groups[group].len());
+            records.push(record);
+        }
+        Self { records, ends, pairs }
+    }
+
     /// Pairs of a record.
     fn range(&self, record: usize) -> Range<usize> {
         let start = if record == 0 { 0 } else { self.ends[record - 1] };
@@ -340,15 +430,14 @@ impl<'s, 'p> Wave<'s, 'p> {
     }
 }
 
-/// Adds the weighted outputs of a wave's experts to their tokens, experts ascending. Each step is
-/// one parallel region over all experts. The chunk has been prepared; `differ` says whether gate
-/// and up want different forms.
+/// The outputs of a wave's experts for their tokens, `scratch.outputs [record][tile][tokens]
+/// [TILE_ROWS]`. Each step is one parallel region over all experts. The chunk has been prepared;
+/// `differ` says whether gate and up want different forms.
 fn compute_wave(
     compute: &Compute,
     input: &MoeInput,
     (wave, differ): (&Wave, bool),
     scratch: &mut ExpertScratch,
-    out: &mut [f32],
 ) {
     let (layout, isa) = (input.layout, compute.isa);
     let (hidden, width, count) = (layout.gate.cols, layout.gate.rows, wave.pairs.len());
@@ -392,9 +481,18 @@ fn compute_wave(
             x.multiply(isa, &down, i % tiles_each * TILE_ROWS, y, scratch);
         });
     });
-    compute.pool.chunks(out, ADDED_TOKENS * hidden, |i, out| {
-        add_outputs(isa, wave, (outputs, hidden), i * ADDED_TOKENS, out);
-    });
+}
+
+/// Copies the wave's outputs to their places in `kept [tokens][top_k][hidden]`.
+fn keep_outputs(wave: &Wave, (outputs, hidden): (&[f32], usize), top_k: usize, kept: &mut [f32]) {
+    for record in 0..wave.records.len() {
+        let range = wave.range(record);
+        let outputs = &outputs[range.start * tiled(hidden)..];
+        for (place, pair) in wave.pairs[range.clone()].iter().enumerate() {
+            let to = (pair.token as usize * top_k + pair.rank as usize) * hidden;
+            join(outputs, range.len(), place, hidden, &mut kept[to..to + hidden]);
+        }
+    }
 }
 
 /// The wave's tokens in the forms for gate and up, one after the other.
@@ -450,7 +548,8 @@ fn sort_by_expert(routes: &Routes, tokens: usize, scratch: &mut ExpertScratch) {
     let top_k = routes.experts.len() / tokens;
     scratch.by_expert.clear();
     for (i, (&expert, &weight)) in routes.experts.iter().zip(&routes.weights).enumerate() {
-        scratch.by_expert.push(Pair { expert, token: (i / top_k) as u32, weight });
+        let (token, rank) = ((i / top_k) as u32, (i % top_k) as u32);
+        scratch.by_expert.push(Pair { expert, token, rank, weight });
     }
     scratch.by_expert.sort_unstable_by_key(|pair| (pair.expert, pair.token));
 }

@@ -2,7 +2,8 @@
 //!
 //! Each is measured with the threads, kernels and file reads that a model run uses, and each checks
 //! its answer: the sum of the memory read, the products computed, the bytes that arrived. The best
-//! pass counts, because a limit is what the machine can do when its neighbours are still.
+//! pass counts, because a limit is what the machine can do when its neighbours are still; what is
+//! measured beside a timed run is of the same minute, and there the median counts.
 
 use std::hint::black_box;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -22,7 +23,7 @@ use super::prompt::Random;
 /// Reads in flight at which the disk is measured.
 pub const DEPTHS: [usize; 4] = [1, 4, 8, 16];
 /// Memory that is read, if the limit allows it: far above any cache.
-const MEMORY_BYTES: u64 = 512 << 20;
+const MEMORY_BYTES: u64 = 256 << 20;
 /// The least memory that is worth reading; below this the result is a cache's.
 const MEMORY_BYTES_MIN: u64 = 1 << 20;
 /// Words that a thread reads between two looks at the counter.
@@ -75,40 +76,58 @@ pub struct GemmRate {
     pub flops_per_second: f64,
 }
 
-/// Reads `bytes` (or less, down to what `memory_limit` allows) again and again.
-///
-/// # Errors
-/// A pass whose sum is wrong.
-pub fn memory(pool: &Pool, memory_limit: u64, effort: Effort) -> Result<MemoryRate> {
-    let bytes = MEMORY_BYTES.min(memory_limit / 2).max(MEMORY_BYTES_MIN);
-    let mut words = vec![0u64; bytes as usize / size_of::<u64>()];
-    pool.chunks(&mut words, CHUNK_WORDS, |chunk, words| {
-        for (i, word) in (chunk * CHUNK_WORDS..).zip(words) {
-            *word = (i as u64).wrapping_mul(FACTOR);
-        }
-    });
-    let n = words.len() as u128;
-    let expected = ((n * (n - 1) / 2) as u64).wrapping_mul(FACTOR);
-    let mut rates = Vec::new();
-    let begun = Instant::now();
-    while rates.len() < 3 || begun.elapsed() < effort.each {
-        let total = AtomicU64::new(0);
-        let started = Instant::now();
-        pool.run(words.len().div_ceil(CHUNK_WORDS), &|chunk| {
-            let end = words.len().min((chunk + 1) * CHUNK_WORDS);
-            total.fetch_add(sum(&words[chunk * CHUNK_WORDS..end]), Ordering::Relaxed);
-        });
-        rates.push(bytes as f64 / started.elapsed().as_secs_f64());
-        ensure!(total.into_inner() == expected, "memory: a pass over {bytes} bytes summed wrongly");
+/// Memory to be read again and again, with the sum of it.
+pub struct MemoryProbe {
+    words: Vec<u64>,
+    expected: u64,
+}
+
+impl MemoryProbe {
+    /// Bytes that it takes under a limit of the process's memory.
+    pub fn bytes(memory_limit: u64) -> u64 {
+        MEMORY_BYTES.min(memory_limit / 8).max(MEMORY_BYTES_MIN)
     }
-    rates.sort_by(f64::total_cmp);
-    Ok(MemoryRate {
-        threads: pool.threads(),
-        bytes,
-        passes: rates.len(),
-        bytes_per_second: rates[rates.len() - 1],
-        bytes_per_second_median: rates[rates.len() / 2],
-    })
+
+    /// So many bytes, filled.
+    pub fn new(pool: &Pool, bytes: u64) -> Self {
+        let mut words = vec![0u64; bytes as usize / size_of::<u64>()];
+        pool.chunks(&mut words, CHUNK_WORDS, |chunk, words| {
+            for (i, word) in (chunk * CHUNK_WORDS..).zip(words) {
+                *word = (i as u64).wrapping_mul(FACTOR);
+            }
+        });
+        let n = words.len() as u128;
+        Self { words, expected: ((n * (n - 1) / 2) as u64).wrapping_mul(FACTOR) }
+    }
+
+    /// Reads it for so long, three times at least.
+    ///
+    /// # Errors
+    /// A pass whose sum is wrong.
+    pub fn measure(&self, pool: &Pool, time: Duration) -> Result<MemoryRate> {
+        let bytes = size_of_val(&self.words[..]) as u64;
+        let mut rates = Vec::new();
+        let begun = Instant::now();
+        while rates.len() < 3 || begun.elapsed() < time {
+            let total = AtomicU64::new(0);
+            let started = Instant::now();
+            pool.run(self.words.len().div_ceil(CHUNK_WORDS), &|chunk| {
+                let end = self.words.len().min((chunk + 1) * CHUNK_WORDS);
+                total.fetch_add(sum(&self.words[chunk * CHUNK_WORDS..end]), Ordering::Relaxed);
+            });
+            rates.push(bytes as f64 / started.elapsed().as_secs_f64());
+            let right = total.into_inner() == self.expected;
+            ensure!(right, "memory: a pass over {bytes} bytes summed wrongly");
+        }
+        rates.sort_by(f64::total_cmp);
+        Ok(MemoryRate {
+            threads: pool.threads(),
+            bytes,
+            passes: rates.len(),
+            bytes_per_second: rates[rates.len() - 1],
+            bytes_per_second_median: rates[rates.len() / 2],
+        })
+    }
 }
 
 fn sum(words: &[u64]) -> u64 {
@@ -274,7 +293,8 @@ mod tests {
     #[test]
     fn every_limit_checks_its_answer_and_gives_a_rate() {
         let pool = Pool::new(2);
-        let memory = memory(&pool, 8 << 20, Effort::new(true)).unwrap();
+        let words = MemoryProbe::new(&pool, MemoryProbe::bytes(32 << 20));
+        let memory = words.measure(&pool, Effort::new(true).each).unwrap();
         assert_eq!((memory.threads, memory.bytes), (2, 4 << 20));
         assert!(memory.bytes_per_second >= memory.bytes_per_second_median);
         for isa in Isa::available() {

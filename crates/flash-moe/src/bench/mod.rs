@@ -28,9 +28,9 @@ use flash_moe_engine::store::measure::RecordFiles;
 use crate::options::bench::BenchArgs;
 use crate::options::engine::cores;
 use course::Course;
-use limits::{DEPTHS, Disk, Effort};
+use limits::{DEPTHS, Disk, Effort, MemoryProbe};
 use report::{Limits, Machine, Model, Report, RunReport};
-use walk::Walk;
+use walk::{Beside, Walk};
 use work::Work;
 
 /// Runs the command.
@@ -60,13 +60,17 @@ fn measure(args: &BenchArgs) -> Result<Report> {
     let mut disk = Disk::new(RecordFiles::open(&model.container, options.io)?);
     // The disk is measured beside the loaded model, with as many buffers as reads in flight.
     let depths = *DEPTHS.iter().max().expect("some depths");
-    options.other_bytes += (depths * disk.record_bytes()) as u64;
-    let budget = Budget::plan(&model.container, &options)?;
+    let memory_bytes = match options.memory_bytes {
+        Some(limit) => MemoryProbe::bytes(limit),
+        None => MemoryProbe::bytes(machine::available_memory().unwrap_or(0)),
+    };
+    options.other_bytes += (depths * disk.record_bytes()) as u64 + memory_bytes;
+    Budget::plan(&model.container, &options)?;
 
     let pool = Pool::new(options.threads);
-    let memory = limits::memory(&pool, budget.limit, effort)?;
+    let words = MemoryProbe::new(&pool, memory_bytes);
+    let memory = words.measure(&pool, effort.each)?;
     let gemm = limits::gemm(&pool, options.isa, options.arithmetic, effort)?;
-    drop(pool);
     let rates = disk.sweep(effort)?;
     let depth = Limits::best_disk(&rates).map_or(1, |(_, depth)| depth);
     let limits = Limits::new(memory, gemm, &rates, disk.is_direct());
@@ -78,7 +82,8 @@ fn measure(args: &BenchArgs) -> Result<Report> {
     let check = check::check(&engine, &prompt[..check::TOKENS])?;
     let work = Work::of(engine.container(), engine.top_k())?.with_kv_cache(options.kv_cache);
     let quiet = args.quiet || args.json;
-    let runs = Walk::new(&engine, &prompt, (&mut disk, depth), effort, quiet).run(&course)?;
+    let beside = Beside { disk: &mut disk, depth, memory: (&words, &pool), time: effort.beside };
+    let runs = Walk::new(&engine, &prompt, beside, quiet).run(&course)?;
     Ok(Report {
         machine: machine_of(&options),
         model: model_of(&engine, &work, args.seed, open_seconds),

@@ -138,8 +138,12 @@ pub struct RunReport {
     pub step_ms_max: Option<f64>,
     /// Experts.
     pub experts: Experts,
-    /// Time at the memory's limit of everything touched, over the wall time.
+    /// Time at the memory's limit (its best pass) of everything touched, over the wall time.
     pub memory_fraction: f64,
+    /// The memory's median pass beside this run.
+    pub memory_bytes_per_second_beside: f64,
+    /// As `memory_fraction`, against that.
+    pub memory_fraction_beside: f64,
     /// The stages, then `other`, which is what the wall time leaves.
     pub stages: Vec<StageReport>,
 }
@@ -246,6 +250,8 @@ impl RunReport {
             step_ms_max: steps.last().map(|s| s * 1e3),
             experts: Experts::new(run),
             memory_fraction: touched as f64 / limits.memory.bytes_per_second / run.seconds,
+            memory_bytes_per_second_beside: run.memory_rate,
+            memory_fraction_beside: touched as f64 / run.memory_rate / run.seconds,
             stages,
         }
     }

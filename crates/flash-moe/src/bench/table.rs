@@ -152,7 +152,7 @@ fn medians<'a>(runs: &'a [RunReport]) -> Vec<(&'a RunReport, (f64, f64))> {
 
 fn summary(middle: &[(&RunReport, (f64, f64))]) -> String {
     let mut out = format!(
-        "\n{:<8}{:<5}{:>8}{:>8}{:>9}{:>16}{:>8}{:>10}{:>8}{:>9}{:>11}\n",
+        "\n{:<8}{:<5}{:>7}{:>7}{:>8}{:>15}{:>8}{:>9}{:>7}{:>8}{:>10}{:>8}\n",
         "phase",
         "pool",
         "from",
@@ -163,7 +163,8 @@ fn summary(middle: &[(&RunReport, (f64, f64))]) -> String {
         "MB/token",
         "wait",
         "of disk",
-        "of memory"
+        "of memory",
+        "median"
     );
     for (run, (slowest, fastest)) in middle {
         let e = &run.experts;
@@ -177,7 +178,7 @@ fn summary(middle: &[(&RunReport, (f64, f64))]) -> String {
         };
         writeln!(
             out,
-            "{:<8}{:<5}{:>8}{:>8}{:>9.2}{range:>16}{:>8}{:>10.1}{:>8}{disk:>9}{:>11}",
+            "{:<8}{:<5}{:>7}{:>7}{:>8.2}{range:>15}{:>8}{:>9.1}{:>7}{disk:>8}{:>10}{:>8}",
             phase(run),
             pool(run),
             run.position,
@@ -186,7 +187,8 @@ fn summary(middle: &[(&RunReport, (f64, f64))]) -> String {
             percent(e.hit_rate),
             e.read_bytes_per_token / 1e6,
             percent(e.wait_seconds / run.seconds),
-            percent(run.memory_fraction)
+            percent(run.memory_fraction),
+            percent(run.memory_fraction_beside)
         )
         .expect("writing to a string does not fail");
     }

@@ -1,15 +1,16 @@
 //! The timed runs: prompts from position 0, then one session that walks to each position.
 //!
 //! The clock covers what a user waits for: the engine's calls and the choice of the next token. The
-//! disk's own limit is measured again beside every run, because disks change from one minute to the
-//! next.
+//! disk's and the memory's own limits are measured again beside every run, because both change from
+//! one minute to the next.
 
 use std::ops::ControlFlow;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use flash_moe_engine::engine::Engine;
+use flash_moe_engine::pool::Pool;
 use flash_moe_engine::session::Session;
 use flash_moe_engine::shape::TokenId;
 use flash_moe_engine::store::StoreCounters;
@@ -18,7 +19,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 
 use super::course::{Course, SYNTHETIC_PROMPT};
-use super::limits::{Disk, Effort};
+use super::limits::{Disk, MemoryProbe};
 use super::prompt::likeliest;
 
 /// Prompt or output.
@@ -64,30 +65,48 @@ pub struct Run {
     pub timing: Timing,
     /// The disk's limit just before, in bytes a second.
     pub disk_rate: Option<f64>,
+    /// Median passes over memory just before and just after, their mean, in bytes a second.
+    pub memory_rate: f64,
+}
+
+/// What is measured beside each run.
+pub struct Beside<'a> {
+    /// Records to read.
+    pub disk: &'a mut Disk,
+    /// Reads in flight.
+    pub depth: usize,
+    /// Memory to read, and who reads it.
+    pub memory: (&'a MemoryProbe, &'a Pool),
+    /// For how long, each.
+    pub time: Duration,
+}
+
+impl Beside<'_> {
+    fn memory(&self) -> Result<f64> {
+        let (memory, pool) = self.memory;
+        Ok(memory.measure(pool, self.time)?.bytes_per_second_median)
+    }
 }
 
 /// The runner.
 pub struct Walk<'a> {
     engine: &'a Arc<Engine>,
     prompt: &'a [TokenId],
-    disk: &'a mut Disk,
-    depth: usize,
-    effort: Effort,
+    beside: Beside<'a>,
     quiet: bool,
     repeat: usize,
     runs: Vec<Run>,
 }
 
 impl<'a> Walk<'a> {
-    /// A runner that holds the disk at `depth` beside each run.
+    /// A runner that measures `beside` each run.
     pub fn new(
         engine: &'a Arc<Engine>,
         prompt: &'a [TokenId],
-        (disk, depth): (&'a mut Disk, usize),
-        effort: Effort,
+        beside: Beside<'a>,
         quiet: bool,
     ) -> Self {
-        Self { engine, prompt, disk, depth, effort, quiet, repeat: 0, runs: Vec::new() }
+        Self { engine, prompt, beside, quiet, repeat: 0, runs: Vec::new() }
     }
 
     /// Runs the course.
@@ -169,7 +188,8 @@ impl<'a> Walk<'a> {
         tokens: usize,
         work: impl FnOnce(&mut Session, &mut Vec<f64>) -> Result<()>,
     ) -> Result<()> {
-        let disk = self.disk.measure(self.depth, self.effort.beside)?;
+        let disk = self.beside.disk.measure(self.beside.depth, self.beside.time)?;
+        let memory = self.beside.memory()?;
         let (reads, timing) = (self.engine.store().counters(), session.timing().clone());
         let position = session.position();
         let mut step_seconds = Vec::with_capacity(tokens);
@@ -187,6 +207,7 @@ impl<'a> Walk<'a> {
             reads: self.engine.store().counters().since(&reads),
             timing: session.timing().since(&timing),
             disk_rate: (disk.bytes > 0).then(|| disk.rate()),
+            memory_rate: (memory + self.beside.memory()?) / 2.0,
         });
         Ok(())
     }

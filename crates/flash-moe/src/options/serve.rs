@@ -83,7 +83,7 @@ pub struct ListenArgs {
 #[derive(Args, Debug)]
 #[command(next_help_heading = "Load")]
 pub struct LoadArgs {
-    /// Texts generated at once, a step of each in turn. Memory for their contexts is planned at the
+    /// Texts generated at once; their tokens go through the layers together. Memory for their contexts is planned at the
     /// start.
     #[arg(long, value_name = "N", default_value = "2", value_parser = at_least_one)]
     pub parallel: usize,

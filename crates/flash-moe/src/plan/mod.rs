@@ -13,7 +13,7 @@ use flash_moe_engine::budget::Budget;
 use flash_moe_engine::engine::Options;
 use flash_moe_engine::pool::Pool;
 
-use crate::bench::limits::{self, Effort};
+use crate::bench::limits::{self, Effort, MemoryProbe};
 use crate::bench::machine_of;
 use crate::bench::report::Limits;
 use crate::options::bench::PlanArgs;
@@ -74,7 +74,9 @@ pub fn run(args: &PlanArgs) -> Result<()> {
 fn measure(args: &PlanArgs, subject: &Subject, memory_limit: u64) -> Result<(Limits, Rates)> {
     let effort = Effort::new(args.quick);
     let pool = Pool::new(subject.options.threads);
-    let memory = limits::memory(&pool, memory_limit, effort)?;
+    let words = MemoryProbe::new(&pool, MemoryProbe::bytes(memory_limit));
+    let memory = words.measure(&pool, effort.each)?;
+    drop(words);
     let gemm = limits::gemm(&pool, subject.options.isa, subject.options.arithmetic, effort)?;
     let (mut disk, _scratch) = subject.disk(args)?;
     let sweep = disk.sweep(effort)?;

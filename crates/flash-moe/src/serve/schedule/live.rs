@@ -1,7 +1,8 @@
 //! A job that has its turn: a session, a sampler and the reply so far, moved on by one step at a time.
 //!
-//! A step is one chunk of the prompt or one token. Between steps nothing is half done, so a job may
-//! be dropped after any of them.
+//! A step is one chunk of the prompt or one token. A token that a job has chosen is taken with those of
+//! the others, before its next step ([`Live::chosen`]). Between steps nothing is half done, so a job
+//! may be dropped after any of them.
 
 use std::ops::ControlFlow;
 use std::sync::Arc;
@@ -40,6 +41,7 @@ pub struct Live<'a> {
     text: TokenStream<'a>,
     said: Said,
     emitted: Vec<TokenId>,
+    chosen: Option<TokenId>, // not taken yet
     has_begun: bool,
     usage: Usage,
     times: Times,
@@ -82,6 +84,7 @@ impl<'a> Live<'a> {
             text: vocabulary.tokenizer.stream(),
             said: Said::default(),
             emitted: Vec::new(),
+            chosen: None,
             has_begun: false,
             usage,
             times: Times::default(),
@@ -133,6 +136,17 @@ impl<'a> Live<'a> {
         let coming = other.job.marks.iter().map(|mark| mark.position);
         let best = coming.filter(|at| (other.position() + 1..=common).contains(at)).max();
         best.is_some_and(|best| best > prefixes.longest_position(own))
+    }
+
+    /// Whether it has chosen a token that its session has not taken.
+    pub fn has_chosen(&self) -> bool {
+        self.chosen.is_some()
+    }
+
+    /// The session, and the token that it is to take now.
+    pub fn chosen(&mut self) -> Option<(&mut Session, TokenId)> {
+        let token = self.chosen.take()?;
+        Some((&mut self.session, token))
     }
 
     /// Moves on by one step; one that waits only finds out whether anybody still listens.
@@ -229,7 +243,7 @@ impl<'a> Live<'a> {
             }
             None => {}
         }
-        self.session.step(token)?;
+        self.chosen = Some(token);
         Ok(Step::Generated)
     }
 

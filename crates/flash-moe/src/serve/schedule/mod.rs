@@ -1,8 +1,9 @@
 //! The engine's one thread: takes jobs from a bounded queue and moves the live ones on in turn.
 //!
 //! Each live job gets one step a round, a chunk of its prompt or one token, so that a long prompt
-//! delays the others by a chunk and not by all of itself. A job's tokens do not depend on what runs
-//! beside it: sessions share nothing but the pool of experts. A full queue refuses at once.
+//! delays the others by a chunk and not by all of itself. The tokens of a round go through the layers
+//! together, so that one read of an expert serves all of them. A job's tokens do not depend on what
+//! runs beside it: sessions share nothing but weights and experts. A full queue refuses at once.
 
 mod job;
 mod live;
@@ -19,8 +20,12 @@ use super::log;
 use super::metrics::Metrics;
 use super::model::Model;
 use super::prefix::PrefixStore;
+use flash_moe_engine::session::Together;
 pub use live::Step;
 use live::{Live, Vocabulary};
+
+/// What a client is told of a panic.
+const INTERNAL_ERROR: &str = "internal error: see the server's log";
 
 /// The queue and the thread that works it off.
 pub struct Schedule {
@@ -183,6 +188,7 @@ fn work_off(shared: &Shared, model: &Model, metrics: &Metrics, prefixes: &mut Pr
         eos: &model.eos,
         think_end: model.tokenizer.id("</think>"),
     };
+    let mut together = Together::new(&model.engine);
     let mut live: Vec<Live> = Vec::new();
     while let Some(jobs) = shared.admit(live.is_empty()) {
         for job in jobs {
@@ -210,6 +216,7 @@ fn work_off(shared: &Shared, model: &Model, metrics: &Metrics, prefixes: &mut Pr
                 step => over.push((job, step)),
             }
         }
+        over.extend(take_tokens(&mut live, &mut together, metrics));
         // What is told of a job's end must not be older than the end.
         metrics.positions.set(live.iter().map(|job| job.position() as u64).sum());
         for (job, step) in over {
@@ -218,6 +225,30 @@ fn work_off(shared: &Shared, model: &Model, metrics: &Metrics, prefixes: &mut Pr
         }
     }
     prefixes.save_all();
+}
+
+/// The jobs' sessions take the tokens that were chosen, all together; gives the jobs that failed.
+fn take_tokens<'a>(
+    live: &mut Vec<Live<'a>>,
+    together: &mut Together,
+    metrics: &Metrics,
+) -> Vec<(Live<'a>, Step)> {
+    let started = Instant::now();
+    let takers: Vec<usize> = (0..live.len()).filter(|&i| live[i].has_chosen()).collect();
+    if takers.is_empty() {
+        return Vec::new();
+    }
+    let mut steps: Vec<_> = live.iter_mut().filter_map(Live::chosen).collect();
+    let taken = catch_unwind(AssertUnwindSafe(|| together.step(&mut steps)));
+    metrics.decode_seconds.add(started.elapsed());
+    let outcomes = match taken {
+        Ok(outcomes) => outcomes.into_iter().map(|o| o.map_err(|e| e.to_string())).collect(),
+        // The panic has been printed. What it left half done is dropped with these jobs.
+        Err(_) => vec![Err(INTERNAL_ERROR.to_owned()); takers.len()],
+    };
+    let failed = takers.into_iter().zip(outcomes).rev();
+    let failed = failed.filter_map(|(at, outcome)| Some((at, outcome.err()?)));
+    failed.map(|(at, why)| (live.remove(at), Step::Failed(Failure::Engine(why)))).collect()
 }
 
 /// Which jobs have to wait for a prefix that one ahead of them computes. The first never does.
@@ -235,7 +266,7 @@ fn timed(job: &mut Live, metrics: &Metrics, step: impl FnOnce(&mut Live) -> Step
     let (started, before) = (Instant::now(), job.usage());
     let step = catch_unwind(AssertUnwindSafe(|| step(job))).unwrap_or_else(|_| {
         // The panic has been printed; the other jobs share nothing with this one and go on.
-        Step::Failed(Failure::Engine("internal error: see the server's log".into()))
+        Step::Failed(Failure::Engine(INTERNAL_ERROR.into()))
     });
     if let Step::Prefilled(tokens) = step {
         metrics.prompt_tokens.add(tokens as u64);
