@@ -6,7 +6,8 @@
 use anyhow::{Result, ensure};
 
 use super::check;
-use crate::options::bench::{BenchArgs, ContextState};
+use super::walk::PoolState;
+use crate::options::bench::{BenchArgs, ContextState, Pools};
 
 /// Positions measured when none are asked for.
 const FRONTIERS: [usize; 3] = [512, 2048, 8192];
@@ -27,8 +28,10 @@ pub struct Course {
     pub frontiers: Vec<usize>,
     /// Whether positions are reached with random keys and values instead of a prompt.
     pub is_synthetic: bool,
-    /// Tokens decoded cold and as many warm at each position.
+    /// Tokens decoded at each position, from each state of the pool.
     pub decode: usize,
+    /// States of the pool that runs begin with, in order of decode runs.
+    pub pools: Vec<PoolState>,
     /// Times everything is run.
     pub repeat: usize,
     /// What was left out, for people.
@@ -42,7 +45,13 @@ impl Course {
     /// Nothing fits; two positions are closer than the tokens decoded at the first.
     pub fn new(args: &BenchArgs, positions: usize) -> Result<Self> {
         let limit = args.context.unwrap_or(positions).min(positions);
-        let decoded = 2 * args.decode;
+        // Warm first: the pool is then as a prompt leaves it, which is what a user meets.
+        let pools = match args.pool {
+            Pools::Both => vec![PoolState::Warm, PoolState::Cold],
+            Pools::Cold => vec![PoolState::Cold],
+            Pools::Warm => vec![PoolState::Warm],
+        };
+        let decoded = pools.len() * args.decode;
         let mut notes = Vec::new();
         let mut frontiers = wished(&args.context_at, &FRONTIERS);
         frontiers.retain(|&at| fits(at + decoded, limit, &format!("position {at}"), &mut notes));
@@ -79,6 +88,7 @@ impl Course {
             frontiers,
             is_synthetic,
             decode: args.decode,
+            pools,
             repeat: args.repeat,
             notes,
         })
@@ -138,6 +148,8 @@ mod tests {
         assert_eq!((&some.frontiers[..], &some.prefill[..]), (&[100, 300][..], &[64][..]));
         assert_eq!((some.context, some.notes.len()), (316, 1));
         assert!(course("--context-at 600", 512).is_err());
+        let warm = course("--context-at 100,110 --decode 8 --pool warm", 512).unwrap();
+        assert_eq!((warm.pools, warm.context), (vec![PoolState::Warm], 512));
         assert!(course("--context-at 100,110 --decode 8", 512).is_err());
     }
 }

@@ -117,9 +117,7 @@ impl<'a> Walk<'a> {
         for repeat in 0..course.repeat {
             self.repeat = repeat;
             for &tokens in &course.prefill {
-                self.engine.store().forget();
-                self.prefill(&mut Session::new(self.engine), tokens, PoolState::Cold)?;
-                self.prefill(&mut Session::new(self.engine), tokens, PoolState::Warm)?;
+                self.prompts(tokens, course)?;
             }
             let mut session = Session::new(self.engine);
             for &at in &course.frontiers {
@@ -127,13 +125,26 @@ impl<'a> Walk<'a> {
                     true => self.fill(&mut session, at)?,
                     false => self.prefill(&mut session, at, PoolState::Warm)?,
                 }
-                // Warm first: the pool is then as a prompt leaves it, which is what a user meets.
-                self.decode(&mut session, course.decode, PoolState::Warm)?;
-                self.engine.store().forget();
-                self.decode(&mut session, course.decode, PoolState::Cold)?;
+                for &pool in &course.pools {
+                    self.decode(&mut session, course.decode, pool)?;
+                }
             }
         }
         Ok(self.runs)
+    }
+
+    /// A prompt from position 0, cold and then warm; one of them is not timed if it is not asked for.
+    fn prompts(&mut self, tokens: usize, course: &Course) -> Result<()> {
+        let mut session = Session::new(self.engine);
+        if course.pools.contains(&PoolState::Cold) {
+            self.prefill(&mut session, tokens, PoolState::Cold)?;
+        } else {
+            session.prefill(&self.prompt[..tokens], &mut |_| ControlFlow::Continue(()))?;
+        }
+        if course.pools.contains(&PoolState::Warm) {
+            self.prefill(&mut Session::new(self.engine), tokens, PoolState::Warm)?;
+        }
+        Ok(())
     }
 
     /// Takes the prompt up to position `end`.
@@ -188,6 +199,9 @@ impl<'a> Walk<'a> {
         tokens: usize,
         work: impl FnOnce(&mut Session, &mut Vec<f64>) -> Result<()>,
     ) -> Result<()> {
+        if pool == PoolState::Cold {
+            self.engine.store().forget();
+        }
         let disk = self.beside.disk.measure(self.beside.depth, self.beside.time)?;
         let memory = self.beside.memory()?;
         let (reads, timing) = (self.engine.store().counters(), session.timing().clone());

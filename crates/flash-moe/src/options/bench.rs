@@ -60,6 +60,10 @@ pub struct BenchArgs {
     #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = at_least_one)]
     pub prefill: Vec<usize>,
 
+    /// What the pool of experts holds when a run begins.
+    #[arg(long, value_enum, default_value_t = Pools::Both)]
+    pub pool: Pools,
+
     /// Times that everything is repeated; the table shows the median by speed.
     #[arg(long, value_name = "N", default_value = "1", value_parser = at_least_one)]
     pub repeat: usize,
@@ -93,6 +97,18 @@ pub enum ContextState {
     /// The KV cache is filled with random keys and values in place of most of it: as costly to
     /// attend to as a real context, reached in seconds, and without any meaning.
     Synthetic,
+}
+
+/// Values of `--pool`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub enum Pools {
+    /// Every run once from an empty pool and once with what the run before left.
+    Both,
+    /// Nothing: it is emptied before every run.
+    Cold,
+    /// What the runs before left; it is never emptied, so a model that fits stays in memory. Prompts
+    /// are read once before they are timed.
+    Warm,
 }
 
 /// Say what this machine will do with a model, before it is loaded or even downloaded.
