@@ -65,7 +65,7 @@ pub struct Budget {
     pub sessions: usize,
     /// Everything but the pool.
     pub fixed: Vec<Line>,
-    /// Memory of a pool slot: the largest record, whole pages and one for their alignment.
+    /// Memory of a pool slot: the largest record in whole pages.
     pub slot_bytes: u64,
     /// Slots the pool gets.
     pub slots: usize,

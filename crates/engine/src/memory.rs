@@ -1,41 +1,47 @@
 //! Page-aligned owned bytes.
 //!
 //! Expert slots and dense weights live in blocks of 4096-byte pages, because direct reads need the
-//! memory, the offset and the length aligned to that. A block is zero when made and never grows. The
-//! system hands out zero pages as they are touched, so making a block costs nothing: an allocator
-//! that is asked for the alignment itself would write zeros first.
+//! memory, the offset and the length aligned to that. A block is zero when made and never grows. It is
+//! a mapping of its own: the system hands out zero pages as they are touched, and has them back when
+//! the block is dropped, where an allocator keeps the memory of every thread that has ever asked.
+
+use std::alloc::{Layout, handle_alloc_error};
+
+use memmap2::MmapMut;
 
 /// Alignment of record strides, direct reads and blocks, in bytes.
 pub const PAGE_BYTES: usize = 4096;
 
 /// An owned, page-aligned run of bytes.
 pub struct Block {
-    memory: Vec<u8>, // never grows, so it stays where it is
-    start: usize,
+    memory: MmapMut,
     bytes: usize,
 }
 
 impl Block {
     /// A block of zeros, rounded up to whole pages in memory.
     pub fn zeroed(bytes: usize) -> Self {
-        let memory = vec![0; Self::memory_bytes(bytes)];
-        let start = memory.as_ptr().align_offset(PAGE_BYTES);
-        Self { memory, start, bytes }
+        let length = Self::memory_bytes(bytes).max(PAGE_BYTES);
+        let memory = MmapMut::map_anon(length).unwrap_or_else(|_| {
+            let layout = Layout::from_size_align(length, PAGE_BYTES);
+            handle_alloc_error(layout.expect("less than half of the address space"))
+        });
+        Self { memory, bytes }
     }
 
-    /// Memory that a block of `bytes` takes: whole pages, and one for its alignment.
+    /// Memory that a block of `bytes` takes.
     pub const fn memory_bytes(bytes: usize) -> usize {
-        bytes.next_multiple_of(PAGE_BYTES) + PAGE_BYTES
+        bytes.next_multiple_of(PAGE_BYTES)
     }
 
     /// The bytes asked for.
     pub fn bytes(&self) -> &[u8] {
-        &self.memory[self.start..][..self.bytes]
+        &self.memory[..self.bytes]
     }
 
     /// The bytes asked for, writable.
     pub fn bytes_mut(&mut self) -> &mut [u8] {
-        &mut self.memory[self.start..][..self.bytes]
+        &mut self.memory[..self.bytes]
     }
 }
 
