@@ -5,6 +5,7 @@
 
 mod client;
 
+mod agents;
 mod answers;
 mod prefix;
 mod protocols;
