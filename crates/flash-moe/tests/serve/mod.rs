@@ -10,5 +10,6 @@ mod answers;
 mod prefix;
 mod protocols;
 mod shapes;
+mod unfriendly;
 
 mod operation;
