@@ -6,7 +6,8 @@ sends everything said so far, the calls with their arguments written anew and wi
 clients do. Printed for each turn: tokens of the prompt, cached, computed, generated, and the time to the
 first token. Then the server is stopped and started with the same --state-dir, the conversation goes on,
 and one turn is taken back: on disk a conversation has the point behind its last answer, so that one
-begins behind the user's message. Fails when a turn that goes on computes more than it brought.
+begins behind the user's message. A model whose template knows no tools, such as those of `flash-moe synth`,
+gets Qwen3.5's. Fails when a turn that goes on computes more than it brought.
 """
 
 import http.client
