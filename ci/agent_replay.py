@@ -6,7 +6,8 @@ sends everything said so far, the calls with their arguments written anew and wi
 clients do. Printed for each turn: tokens of the prompt, cached, computed, generated, and the time to the
 first token. Then the server is stopped and started with the same --state-dir, the conversation goes on,
 and one turn is taken back: on disk a conversation has the point behind its last answer, so that one
-begins behind the user's message. Fails when a turn that goes on computes more than it brought.
+begins behind the user's message. A model whose template knows no tools, such as those of `flash-moe synth`,
+gets Qwen3.5's. Fails when a turn that goes on computes more than it brought.
 """
 
 import http.client
@@ -23,8 +24,8 @@ program = sys.argv[1]
 model = sys.argv[2] if len(sys.argv) > 2 else None
 system_tokens = int(sys.argv[3]) if len(sys.argv) > 3 else 6000 if model else 400
 TURNS = 12
-# More than this a turn may not compute beside its result: the template's wording around it.
-TURN_TOKENS = 60
+# What a turn brings, in the template's wording; it may not compute more than half as much again.
+TURN = "<|im_end|>\n<|im_start|>user\n<tool_response>\n12 done\n</tool_response><|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
 TEMPLATE = pathlib.Path(__file__).parent.parent / "crates/engine/tests/template/qwen3.5.jinja"
 TOOL = {
     "type": "function",
@@ -40,13 +41,21 @@ TOOL = {
 }
 
 
+def knows_tools():
+    """Whether the model has a template with tools; the built-in one and those of synth have none."""
+    own = pathlib.Path(model or "") / "chat_template.jinja"
+    return bool(model) and own.exists() and "tools" in own.read_text()
+
+
 class Server:
     def __init__(self, states):
         command = [program, "serve", "--port", "0", "--state-dir", states]
         if model:
-            command += ["--model", model, "--context", str(system_tokens * 2 + 4096)]
+            command += ["--model", model, "--context", str(system_tokens * 2 + 8192)]
         else:
-            command += ["--memory", "800MiB", "--chat-template", str(TEMPLATE)]
+            command += ["--memory", "800MiB"]
+        if not knows_tools():
+            command += ["--chat-template", str(TEMPLATE)]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         self.log, self.address = [], None
         for line in self.process.stderr:
@@ -88,6 +97,9 @@ class Server:
                     call["arguments"] += piece["function"].get("arguments") or ""
         return calls, usage, first or time.monotonic() - started
 
+    def tokens(self, text):
+        return len(json.load(self.post("/tokenize", {"content": text}))["tokens"])
+
     def stop(self):
         self.process.terminate()
         if self.process.wait(timeout=600) != 0:
@@ -96,8 +108,7 @@ class Server:
 
 def system_prompt(server):
     line = "Rule {}: look before you act, answer truthfully, and never do a thing twice in a row.\n"
-    one = server.post("/tokenize", {"content": line.format(100) * 10})
-    tokens = len(json.load(one)["tokens"]) / 10
+    tokens = server.tokens(line.format(100) * 10) / 10
     return "".join(line.format(100 + i) for i in range(int(system_tokens / tokens)))
 
 
@@ -123,12 +134,13 @@ def show(name, usage, seconds):
 with tempfile.TemporaryDirectory() as states:
     server = Server(states)
     messages = [{"role": "system", "content": system_prompt(server)}, {"role": "user", "content": "Go on."}]
+    turn_tokens = server.tokens(TURN) * 3 // 2
     print(f"{'turn':>14} {'prompt':>7} {'cached':>7} {'computed':>9} {'generated':>10} {'ttft_ms':>10}")
     wrong = []
     for turn in range(1, TURNS + 1):
         last = list(messages)
         calls, usage, seconds = server.turn(messages)
-        if show(str(turn), usage, seconds) > TURN_TOKENS and turn > 1:
+        if show(str(turn), usage, seconds) > turn_tokens and turn > 1:
             wrong.append(turn)
         if not calls:
             sys.exit("the model made no call; raise max_tokens")
@@ -138,7 +150,7 @@ with tempfile.TemporaryDirectory() as states:
     server.stop()
     server = Server(states)
     _, usage, seconds = server.turn(messages)
-    if show("restart, 13", usage, seconds) > TURN_TOKENS:
+    if show("restart, 13", usage, seconds) > turn_tokens:
         wrong.append("restart")
     _, usage, seconds = server.turn(last)
     show("back to 12", usage, seconds)

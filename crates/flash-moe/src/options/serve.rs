@@ -104,7 +104,7 @@ pub struct LoadArgs {
     #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = at_least_one)]
     pub client_timeout: usize,
 
-    /// After Ctrl-C, seconds that running requests have to end.
+    /// After Ctrl-C, seconds that running requests have to end, and what is kept to be written.
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     pub shutdown_timeout: u64,
 }

@@ -2,7 +2,7 @@
 //!
 //! A client that sends no request, or takes none of its answer, for the client timeout is cut off; a
 //! long wait for the model is no such thing. The first signal stops taking requests and lets the
-//! running ones end within the deadline, the second ends the process.
+//! running ones end and what is kept be written within the deadline, the second ends the process.
 
 use std::future::Future;
 use std::io;
@@ -20,7 +20,8 @@ use hyper_util::service::TowerToHyperService;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, watch};
-use tokio::time::{Instant, Sleep, sleep, sleep_until, timeout};
+use tokio::task::spawn_blocking;
+use tokio::time::{Instant, Sleep, sleep, sleep_until, timeout_at};
 
 use super::log;
 use super::route::{self, Server};
@@ -57,15 +58,23 @@ pub async fn serve(
         () = signals.next() => {}
     }
     drop(listener);
-    server.schedule.drain();
+    let until = Instant::now() + deadline;
+    server.schedule.drain(until.into_std());
     closing.send_replace(true);
     log::note(&format!("shutting down within {} s; again to end at once", deadline.as_secs()));
     let ended = async {
         // All places are free when every connection is gone.
         places.acquire_many(CONNECTIONS_MAX as u32).await.is_ok()
     };
+    let stopped = async {
+        // Those that have not ended by then fail.
+        timeout_at(until, ended).await.unwrap_or(true);
+        let server = Arc::clone(server);
+        // A panic has been printed where it happened.
+        spawn_blocking(move || server.schedule.stop()).await.unwrap_or(());
+    };
     tokio::select! {
-        _ = timeout(deadline, ended) => {}
+        () = stopped => {}
         () = signals.next() => process::exit(INTERRUPTED),
     }
     Ok(ExitCode::SUCCESS)

@@ -40,6 +40,10 @@ pub struct Metrics {
     pub prefix_evictions: Counter,
     /// Checkpoints read from disk.
     pub prefix_loads: Counter,
+    /// Checkpoints and answers that wait to be written to disk.
+    pub prefix_writing: Level,
+    /// Checkpoints that were to be written and found no room to wait.
+    pub prefix_losses: Counter,
     requests: Mutex<BTreeMap<(&'static str, u16), u64>>, // by route and status
     ended: Mutex<BTreeMap<&'static str, u64>>,           // texts, by how they ended
 }
@@ -157,6 +161,8 @@ impl Metrics {
             prefix_bytes: Level::default(),
             prefix_evictions: Counter::default(),
             prefix_loads: Counter::default(),
+            prefix_writing: Level::default(),
+            prefix_losses: Counter::default(),
             requests: Mutex::default(),
             ended: Mutex::default(),
         }

@@ -83,7 +83,6 @@ pub fn run(args: &ServeArgs) -> Result<ExitCode> {
         .context("the runtime")?;
     let deadline = Duration::from_secs(args.load.shutdown_timeout);
     let status = runtime.block_on(listen::serve(listener, &server, deadline))?;
-    server.schedule.stop();
     runtime.shutdown_timeout(Duration::from_secs(1));
     hot_set.iter().for_each(|file| file.save(&model.engine));
     Ok(status)

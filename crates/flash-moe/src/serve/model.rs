@@ -41,12 +41,25 @@ pub struct Model {
     pub think_budget: usize,
     /// Tokens of a prompt after which a checkpoint is kept, again and again; 0: none are.
     pub prefix_every: usize,
+    /// Memory for checkpoints.
+    pub prefix_bytes: PrefixBytes,
     /// Answers that were given, for conversations that repeat them.
     pub turns: Turns,
 }
 
+/// Memory for checkpoints, both part of the plan.
+#[derive(Clone, Copy, Debug)]
+pub struct PrefixBytes {
+    /// Of those that are kept.
+    pub kept: u64,
+    /// Of those that wait to be written to disk.
+    pub waiting: u64,
+}
+
 /// Most memory for checkpoints where nobody says.
 const PREFIX_BYTES_MAX: u64 = 2 << 30;
+/// Memory of those that wait to be written is a quarter of the others', but not less.
+const WAITING_BYTES_MIN: u64 = 64 << 20;
 
 impl Model {
     /// Opens the model that the flags name.
@@ -69,7 +82,8 @@ impl Model {
         let grammars = Grammars::new(&tokenizer, &eos)?;
         options.sessions = args.load.parallel;
         options.other_bytes += tokenizer.count() as u64 * BYTES_PER_TOKEN;
-        options.kept_bytes = prefix_bytes(args, &model.container, &options)?;
+        let prefix_bytes = prefix_bytes(args, &model.container, &options)?;
+        options.kept_bytes = prefix_bytes.kept + prefix_bytes.waiting;
         let name = args.answer.alias.clone();
         let name = name.unwrap_or_else(|| model.container.manifest().name.clone());
         let opened = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs());
@@ -85,19 +99,25 @@ impl Model {
             opened,
             think_budget: args.answer.think_budget,
             prefix_every: args.prefix.prefix_every,
+            prefix_bytes,
             turns: Turns::default(),
         })
     }
 }
 
 /// The bound of the flag, or a part of the memory that leaves the pool more than its floor.
-fn prefix_bytes(args: &ServeArgs, container: &Container, options: &Options) -> Result<u64> {
-    if let Some(bytes) = args.prefix.prefix_memory {
-        return Ok(bytes);
+fn prefix_bytes(args: &ServeArgs, container: &Container, options: &Options) -> Result<PrefixBytes> {
+    let waiting = |kept: u64| match args.prefix.state_dir {
+        Some(_) => (kept / 4).max(WAITING_BYTES_MIN),
+        None => 0,
+    };
+    if let Some(kept) = args.prefix.prefix_memory {
+        return Ok(PrefixBytes { kept, waiting: waiting(kept) });
     }
     let plain = Budget::sized(&Demand::of(container), options)?;
     let spare = plain.limit.saturating_sub(plain.smallest());
-    Ok((plain.limit / 8).min(spare / 2).min(PREFIX_BYTES_MAX))
+    let kept = (plain.limit / 8).min(spare / 2).min(PREFIX_BYTES_MAX);
+    Ok(PrefixBytes { kept, waiting: waiting(kept).min(spare / 2) })
 }
 
 /// The template of the flag, or the model's; none is a note, since completions need none.

@@ -48,6 +48,7 @@ fn gauges(server: &Server) -> Gauges {
     let (cached, evicted) = (metrics.cached_tokens.get(), metrics.prefix_evictions.get());
     let (prefixes, bytes) = (metrics.prefixes.get(), metrics.prefix_bytes.get());
     let loads = metrics.prefix_loads.get();
+    let (writing, losses) = (metrics.prefix_writing.get(), metrics.prefix_losses.get());
     let values = vec![
         ("flash_moe_expert_hits_total", "Experts found in the pool.", Counter, reads.hits as f64),
         ("flash_moe_expert_misses_total", "Experts read.", Counter, reads.misses as f64),
@@ -73,6 +74,13 @@ fn gauges(server: &Server) -> Gauges {
             evicted as f64,
         ),
         ("flash_moe_prefix_loads_total", "Checkpoints read from disk.", Counter, loads as f64),
+        (
+            "flash_moe_prefix_writing",
+            "Checkpoints and answers to be written.",
+            Gauge,
+            writing as f64,
+        ),
+        ("flash_moe_prefix_losses_total", "Checkpoints not written.", Counter, losses as f64),
         ("flash_moe_live", "Texts that have their turn.", Gauge, live as f64),
         ("flash_moe_waiting", "Texts that wait for it.", Gauge, waiting as f64),
     ];

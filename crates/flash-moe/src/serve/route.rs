@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use axum::Router;
-use axum::body::{Body, Bytes};
+use axum::body::{Body, Bytes, HttpBody};
 use axum::extract::{Path, Request, State};
 use axum::http::header::{self, HeaderMap, HeaderName, HeaderValue};
 use axum::http::{Method, StatusCode, Uri};
@@ -232,6 +232,13 @@ impl Server {
     /// # Errors
     /// It is too large, too slow, or not JSON.
     pub async fn body(&self, body: Body) -> Parsed<Json> {
+        let too_large = || {
+            let why = format!("the body is above {} bytes; --max-body raises it", self.body_max);
+            Refusal::new(413, why)
+        };
+        if body.size_hint().lower() > self.body_max as u64 {
+            return Err(too_large());
+        }
         let mut bytes: Vec<u8> = Vec::new();
         let mut pieces = body.into_data_stream();
         loop {
@@ -241,9 +248,7 @@ impl Server {
             let Some(piece) = piece else { break };
             let piece: Bytes = piece.map_err(|_| Refusal::new(400, "the body broke off"))?;
             if bytes.len() + piece.len() > self.body_max {
-                let why =
-                    format!("the body is above {} bytes; --max-body raises it", self.body_max);
-                return Err(Refusal::new(413, why));
+                return Err(too_large());
             }
             bytes.extend_from_slice(&piece);
         }

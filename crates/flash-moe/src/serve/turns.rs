@@ -9,10 +9,7 @@
 use std::collections::VecDeque;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use anyhow::{Context, Result, ensure};
-use flash_moe_engine::engine::Engine;
 use flash_moe_engine::reply::Part;
-use flash_moe_engine::session::Identity;
 use flash_moe_engine::shape::TokenId;
 use flash_moe_engine::tokenizer::Tokenizer;
 use serde::{Deserialize, Serialize};
@@ -147,27 +144,9 @@ impl Turns {
         found
     }
 
-    /// All of them and whose they are, behind a line with the checksum of that.
-    pub fn to_bytes(&self, engine: &Engine) -> Vec<u8> {
-        let owner = Identity::of(engine.container(), engine.options());
-        let json = serde_json::to_string(&(owner, &*self.lock()));
-        let json = json.expect("numbers and texts have a JSON form");
-        format!("{:016x}\n{json}", xxh3_64(json.as_bytes())).into_bytes()
-    }
-
-    /// Takes what [`Turns::to_bytes`] gave, if it is of the same model and settings.
-    ///
-    /// # Errors
-    /// It is damaged.
-    pub fn take_bytes(&self, bytes: &[u8], engine: &Engine) -> Result<()> {
-        let parts = str::from_utf8(bytes).ok().and_then(|text| text.split_once('\n'));
-        let (sum, json) = parts.context("is not a file of answers")?;
-        ensure!(sum == format!("{:016x}", xxh3_64(json.as_bytes())), "is damaged");
-        let (owner, turns): (Identity, VecDeque<Turn>) = serde_json::from_str(json)?;
-        if owner.check(engine.container(), engine.options()).is_ok() {
-            turns.into_iter().for_each(|turn| self.record(turn));
-        }
-        Ok(())
+    /// All of them, the oldest first.
+    pub fn list(&self) -> Vec<Turn> {
+        self.lock().iter().cloned().collect()
     }
 
     fn lock(&self) -> MutexGuard<'_, VecDeque<Turn>> {

@@ -5,9 +5,11 @@
 
 mod client;
 
+mod agents;
 mod answers;
 mod prefix;
 mod protocols;
 mod shapes;
+mod unfriendly;
 
 mod operation;

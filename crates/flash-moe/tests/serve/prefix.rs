@@ -193,6 +193,10 @@ fn states(dir: &Path) -> Vec<PathBuf> {
     files.map(|file| file.path()).filter(|p| p.extension().is_some_and(|e| e == "state")).collect()
 }
 
+fn wait_until_written(server: &Server) {
+    server.wait_until(|_| metric(server, "flash_moe_prefix_writing") == 0);
+}
+
 fn log_of(server: Server) -> String {
     server.terminate();
     let (status, log) = server.ended();
@@ -236,6 +240,54 @@ fn the_next_start_goes_on_from_the_directory() {
 }
 
 #[test]
+fn a_server_that_is_killed_leaves_what_it_wrote_and_all_answers() {
+    let home = Home::new();
+    let dir = home.path("states");
+    let flags = ["--state-dir", &text(&dir), "--prefix-memory", "0"];
+    let server = Server::start(&flags);
+    let mut messages = vec![system(), user("Light in the hall, please.")];
+    let call = ask(&server, &messages, &must_call(false));
+    wait_until_written(&server);
+    drop(server);
+    messages.extend([sent_back(&said(&call)), result(&said(&call))]);
+    let server = Server::start(&flags);
+    let generated = call["usage"]["completion_tokens"].as_u64().expect("a count");
+    assert_eq!(usage(&ask(&server, &messages, &json!({}))).1, usage(&call).0 + generated - 1);
+}
+
+/// A disk that takes nothing: whoever writes a file that is a pipe waits for a reader.
+#[cfg(unix)]
+#[test]
+fn no_token_waits_for_the_disk_and_the_end_does_not_wait_for_ever() {
+    let home = Home::new();
+    let dir = home.path("states");
+    let flags = ["--state-dir", &text(&dir), "--prefix-memory", "0", "--shutdown-timeout", "1"];
+    let messages = [system(), user("Tell me a story.")];
+    let server = Server::start(&flags);
+    let first = ask(&server, &messages, &json!({}));
+    log_of(server);
+    let files = states(&dir);
+    assert!(files.len() > 1, "{files:?}");
+    files.iter().for_each(|path| std::fs::remove_file(path).expect("a file"));
+
+    let server = Server::start(&flags);
+    for path in &files {
+        let pipe = format!("{}.partial", text(path));
+        let made = std::process::Command::new("mkfifo").arg(&pipe).status().expect("mkfifo");
+        assert!(made.success());
+    }
+    for cached in [false, true] {
+        let answer = ask(&server, &messages, &json!({}));
+        assert_eq!(said(&answer)["content"], said(&first)["content"]);
+        assert_eq!(usage(&answer).1 > 0, cached, "from what waits to be written");
+    }
+    assert!(metric(&server, "flash_moe_prefix_writing") > 1);
+    let log = log_of(server);
+    assert!(log.contains("are not written") && log.contains("--shutdown-timeout"), "{log}");
+    assert!(states(&dir).is_empty());
+}
+
+#[test]
 fn damaged_files_are_removed_with_a_warning_and_answers_are_the_same() {
     let home = Home::new();
     let dir = home.path("states");
@@ -243,6 +295,7 @@ fn damaged_files_are_removed_with_a_warning_and_answers_are_the_same() {
     let messages = [system(), user("Tell me a story.")];
     let server = Server::start(&flags);
     let first = ask(&server, &messages, &json!({}));
+    ask(&server, &messages, &must_call(false));
     log_of(server);
     let damage: [fn(&mut Vec<u8>); 4] = [
         |bytes| bytes[20] ^= 1,
@@ -254,7 +307,7 @@ fn damaged_files_are_removed_with_a_warning_and_answers_are_the_same() {
         |bytes| bytes.clear(),
     ];
     for spoil in damage {
-        for path in states(&dir).into_iter().chain([dir.join("turns.json")]) {
+        for path in states(&dir).into_iter().chain([dir.join("turns.log")]) {
             let mut bytes = std::fs::read(&path).expect("a file");
             spoil(&mut bytes);
             std::fs::write(&path, bytes).expect("a file");
@@ -262,6 +315,7 @@ fn damaged_files_are_removed_with_a_warning_and_answers_are_the_same() {
         let server = Server::start(&flags);
         let answer = ask(&server, &messages, &json!({}));
         assert_eq!((usage(&answer).1, said(&answer)), (0, said(&first)));
+        ask(&server, &messages, &must_call(false));
         let log = log_of(server);
         assert!(log.contains("warning") && log.contains("it is removed"), "{log}");
         assert!(!log.contains("panicked"), "{log}");
@@ -278,6 +332,7 @@ fn the_directory_stays_within_its_bound() {
     let server = Server::start(&flags);
     for story in 0..6 {
         ask(&server, &[system(), user(&format!("Story {story}, please."))], &json!({}));
+        wait_until_written(&server);
         let sum: u64 = states(&dir).iter().map(|p| p.metadata().expect("a file").len()).sum();
         assert!(sum > 0 && sum <= 4 << 20, "{sum}");
     }

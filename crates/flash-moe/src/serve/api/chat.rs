@@ -14,7 +14,7 @@ use super::chat_messages;
 use super::fields::Fields;
 use super::message::{Message, finish_reason, new_id, total, usage_json};
 use super::refusal::{Dialect, Parsed, Refusal};
-use super::request::{Conversation, Wishes, effort};
+use super::request::{CHOICES_MAX, Conversation, Wishes, effort};
 
 /// A request that has been read.
 pub struct Request {
@@ -100,6 +100,9 @@ pub fn wishes(fields: &mut Fields) -> Parsed<Wishes> {
         session: fields.text("session_id")?,
         ..Wishes::default()
     };
+    if wishes.choices > CHOICES_MAX {
+        return Err(fields.refusal("n", format!("is above {CHOICES_MAX}")));
+    }
     wishes.sampling.temperature = fields.number("temperature")?;
     wishes.sampling.top_p = fields.number("top_p")?;
     wishes.sampling.top_k = top_k(fields)?;

@@ -52,6 +52,11 @@ impl Fields {
         }
     }
 
+    /// Sets a field that is still to be read.
+    pub fn put(&mut self, name: &str, value: Json) {
+        self.left.insert(name.to_string(), value);
+    }
+
     /// A field's value.
     pub fn take(&mut self, name: &str) -> Option<Json> {
         self.left.shift_remove(name).filter(|value| !value.is_null())

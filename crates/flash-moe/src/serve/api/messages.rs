@@ -20,6 +20,9 @@ use super::request::{Choice, Conversation, OfferedTool, Wishes, effort};
 /// What stands for the signature of thinking, which this server does not sign.
 const UNSIGNED: &str = "unsigned";
 
+/// How Claude Code's attribution of a request begins.
+const ATTRIBUTION: &str = "x-anthropic-billing-header:";
+
 /// A request that has been read.
 pub struct Request {
     /// What was said.
@@ -125,7 +128,7 @@ fn thinking(
 fn messages(fields: &mut Fields) -> Parsed<Vec<Json>> {
     let mut all = Vec::new();
     if let Some(system) = fields.take("system") {
-        let text = texts(system, &fields.path("system"))?;
+        let text = texts(without_attribution(system), &fields.path("system"))?;
         all.push(json!({ "role": "system", "content": text }));
     }
     let list = fields.list("messages")?;
@@ -155,6 +158,18 @@ fn messages(fields: &mut Fields) -> Parsed<Vec<Json>> {
     }
     order_results(&mut all, "messages")?;
     Ok(all)
+}
+
+/// The system prompt without the block in which Claude Code attributes its requests: it is meant for
+/// accounts, not for the model, and differs from session to session where the rest does not.
+fn without_attribution(mut system: Json) -> Json {
+    if let Some(blocks) = system.as_array_mut().filter(|blocks| blocks.len() > 1) {
+        let text = blocks[0]["text"].as_str();
+        if text.is_some_and(|text| text.starts_with(ATTRIBUTION)) {
+            blocks.remove(0);
+        }
+    }
+    system
 }
 
 /// A string, or blocks of text, put together as they stand.
@@ -476,6 +491,18 @@ mod tests {
             { "role": "user", "content": "e" },
         ]);
         assert_eq!(Json::Array(read_messages(body).unwrap()), expected);
+    }
+
+    #[test]
+    fn an_attribution_is_no_part_of_the_system_prompt() {
+        let said = |first: &str| {
+            let block = |text: &str| json!({ "type": "text", "text": text });
+            let body = json!({ "system": [block(first), block("a")],
+                               "messages": [{ "role": "user", "content": "b" }] });
+            read_messages(body).unwrap()[0]["content"].clone()
+        };
+        assert_eq!(said("x-anthropic-billing-header: cc_version=1.2.3;"), "a");
+        assert_eq!(said("billing: "), "billing: a");
     }
 
     #[test]

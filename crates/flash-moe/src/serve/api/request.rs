@@ -399,9 +399,6 @@ impl Prepared {
         let mut sampling = sampling.map_err(|e| Refusal::new(400, e.to_string()))?;
         sampling.logit_bias.clone_from(&wishes.logit_bias);
         sampling.check().map_err(|e| Refusal::new(400, e.to_string()))?;
-        if wishes.choices > CHOICES_MAX {
-            return Err(Refusal::field("n", format!("is above {CHOICES_MAX}")));
-        }
         if wishes.stops.len() > STOPS_MAX {
             return Err(Refusal::field("stop", format!("has more than {STOPS_MAX} texts")));
         }

@@ -37,6 +37,15 @@ pub struct Echo {
     fields: Json,
     history: Vec<Json>, // without the instructions
     store: bool,
+    spaces: Vec<Space>,
+}
+
+/// A tool that is one of a namespace's.
+#[derive(Clone, Debug)]
+struct Space {
+    full: String, // as the model knows it
+    space: String,
+    name: String,
 }
 
 /// Reads a request.
@@ -56,9 +65,10 @@ pub fn read(body: Json, store: &ResponseStore) -> Parsed<Request> {
     let instructions = fields.text("instructions")?;
     let system = instructions.map(|text| json!({ "role": "system", "content": text }));
     let messages = joined(system.into_iter().chain(history.iter().cloned()));
+    let (tools, spaces) = tools(fields.list("tools")?.unwrap_or_else(Vec::new))?;
     let mut conversation = Conversation {
         messages,
-        tools: tools(fields.list("tools")?.unwrap_or_else(Vec::new))?,
+        tools,
         choice: choice(fields.take("tool_choice"))?,
         one_call: fields.flag("parallel_tool_calls")? == Some(false),
         ..Conversation::default()
@@ -90,7 +100,7 @@ pub fn read(body: Json, store: &ResponseStore) -> Parsed<Request> {
     let kept = fields.flag("store")?.unwrap_or(true);
     fields.finish()?;
     echo["store"] = json!(kept);
-    Ok(Request { conversation, wishes, echo: Echo { fields: echo, history, store: kept } })
+    Ok(Request { conversation, wishes, echo: Echo { fields: echo, history, store: kept, spaces } })
 }
 
 /// Fields that change nothing, and those that would.
@@ -182,6 +192,7 @@ fn item(mut item: Fields, history: &mut Vec<Json>) -> Parsed<()> {
         "message" => said(&mut item, history)?,
         "function_call" => {
             let (id, name) = (item.needed_text("call_id")?, item.needed_text("name")?);
+            let name = full_name(item.text("namespace")?.as_deref(), &name);
             let arguments = item.text("arguments")?.unwrap_or_else(String::new);
             let arguments = arguments_object(&arguments, &item.path("arguments"))?;
             let turn = assistant(history);
@@ -257,20 +268,55 @@ fn reasoning_text(item: &mut Fields) -> Parsed<String> {
     Ok(texts.join("\n"))
 }
 
-fn tools(list: Vec<Json>) -> Parsed<Vec<OfferedTool>> {
-    let tool = |(at, item): (usize, Json)| {
+/// The tools, and which of them are a namespace's.
+fn tools(list: Vec<Json>) -> Parsed<(Vec<OfferedTool>, Vec<Space>)> {
+    let (mut offered, mut spaces) = (Vec::new(), Vec::new());
+    for (at, item) in list.into_iter().enumerate() {
         let mut fields = Fields::of(item, &format!("tools[{at}]"))?;
-        let kind = fields.needed_text("type")?;
-        if kind != "function" {
-            let why =
-                format!("{kind:?} is not supported, only functions; switch it off in the client");
-            return Err(fields.refusal("type", why));
+        match fields.needed_text("type")?.as_str() {
+            "function" => offered.push(function_tool(&mut fields)?),
+            "namespace" => namespace(&mut fields, &mut offered, &mut spaces)?,
+            // A search that may reach nothing outside has nothing to find here.
+            "web_search" if fields.peek("external_web_access") == Some(&json!(false)) => continue,
+            kind => {
+                let why = format!(
+                    "{kind:?} is not supported, only functions; switch it off in the client"
+                );
+                return Err(fields.refusal("type", why));
+            }
         }
-        let tool = function_tool(&mut fields)?;
         fields.finish()?;
-        Ok(tool)
-    };
-    list.into_iter().enumerate().map(tool).collect()
+    }
+    Ok((offered, spaces))
+}
+
+/// The functions of a namespace, each called `NAMESPACE.NAME`; the first one tells what it is for.
+fn namespace(
+    fields: &mut Fields,
+    offered: &mut Vec<OfferedTool>,
+    spaces: &mut Vec<Space>,
+) -> Parsed<()> {
+    let space = fields.needed_text("name")?;
+    let mut about = fields.text("description")?;
+    for (at, item) in fields.list("tools")?.into_iter().flatten().enumerate() {
+        let mut fields = Fields::of(item, &fields.path(&format!("tools[{at}]")))?;
+        fields.only("type", &[json!("function")])?;
+        let own = fields.needed_text("name")?;
+        let full = full_name(Some(&space), &own);
+        fields.put("name", json!(full));
+        let mut tool = function_tool(&mut fields)?;
+        fields.finish()?;
+        let texts: Vec<String> = about.take().into_iter().chain(tool.description).collect();
+        tool.description = (!texts.is_empty()).then(|| texts.join("\n\n"));
+        offered.push(tool);
+        spaces.push(Space { full, space: space.clone(), name: own });
+    }
+    Ok(())
+}
+
+/// The name by which the model knows a function.
+fn full_name(space: Option<&str>, name: &str) -> String {
+    space.map_or_else(|| name.to_string(), |space| format!("{space}.{name}"))
 }
 
 fn format(text: &mut Fields) -> Parsed<Option<Json>> {
@@ -453,10 +499,17 @@ impl Writer {
                 self.piece("reasoning", item, &text)
             }
             Part::Content(text) => self.piece("message", message, &text),
-            Part::CallBegins(name) => self.begin(json!({
-                "id": new_id("fc_"), "type": "function_call", "status": "in_progress",
-                "arguments": "", "call_id": new_id("call_"), "name": name,
-            })),
+            Part::CallBegins(name) => {
+                let mut item = json!({
+                    "id": new_id("fc_"), "type": "function_call", "status": "in_progress",
+                    "arguments": "", "call_id": new_id("call_"), "name": name,
+                });
+                if let Some(space) = self.echo.spaces.iter().find(|space| space.full == name) {
+                    item["name"] = json!(space.name);
+                    item["namespace"] = json!(space.space);
+                }
+                self.begin(item)
+            }
             Part::Arguments(text) => self.piece("function_call", || json!({}), &text),
             Part::CallEnds => self.close("completed"),
             Part::Broken(text) => {
@@ -512,7 +565,8 @@ fn remember(item: &Json, history: &mut Vec<Json>) {
             let arguments = serde_json::from_str(arguments).unwrap_or_else(|_| json!({}));
             let part = |name: &str| item[name].as_str().unwrap_or("").to_string();
             let calls = turn["tool_calls"].as_array().cloned().unwrap_or_else(Vec::new);
-            let call = called(&part("call_id"), &part("name"), &arguments);
+            let name = full_name(item["namespace"].as_str(), &part("name"));
+            let call = called(&part("call_id"), &name, &arguments);
             turn["tool_calls"] = calls.into_iter().chain([call]).collect();
         }
     }
@@ -581,6 +635,14 @@ mod tests {
         for (extra, expected) in [
             (json!({ "truncation": "auto" }), "truncation: \"auto\" is not supported"),
             (json!({ "tools": [{ "type": "web_search" }] }), "tools[0].type: \"web_search\""),
+            (
+                json!({ "tools": [{ "type": "web_search", "external_web_access": true }] }),
+                "tools[0].type: \"web_search\"",
+            ),
+            (
+                json!({ "tools": [{ "type": "namespace", "name": "s", "tools": [{ "type": "custom" }] }] }),
+                "tools[0].tools[0].type: \"custom\"",
+            ),
             (json!({ "previous_response_id": "x" }), "previous_response_id: there is no response"),
             (json!({ "include": ["file_search_call.results"] }), "include: \"file_search_call"),
             (json!({ "frobnicate": 1 }), "frobnicate: is not a parameter"),

@@ -1,24 +1,30 @@
 //! Points of earlier timelines that a prompt may go on from.
 //!
-//! Owns the checkpoints that are kept in memory within a bound, and through `state_dir` those on disk.
+//! Owns the checkpoints that are kept in memory within a bound, and through `writer` those on disk.
 //! A delta-net state cannot be cut back, so only a whole checkpoint serves: the longest one whose
 //! tokens the prompt begins with. When the bound is passed, points that a later one of the same
-//! kind continues go first, then those not used for longest; the latter are written to disk where
-//! there is a directory. Refuses to hold more than the bound, were it for one checkpoint alone.
+//! kind continues go first, then those not used for longest; the latter are handed to the thread that
+//! writes to disk, where there is a directory. Refuses to hold more than the bound, were it for one checkpoint alone.
 
 mod state_dir;
+mod turn_log;
+mod writer;
 
 use std::sync::Arc;
+use std::time::Instant;
 
-use anyhow::Result;
-use flash_moe_engine::session::Checkpoint;
+use anyhow::{Context, Result};
+use flash_moe_engine::session::{Checkpoint, Identity};
 use flash_moe_engine::shape::TokenId;
 
+use super::log;
 use super::metrics::Metrics;
 use super::model::Model;
 use super::turns::Turn;
 use crate::options::serve::PrefixArgs;
 use state_dir::StateDir;
+use turn_log::TurnLog;
+use writer::Writer;
 
 /// Fewer tokens are computed again rather than kept.
 pub const TOKENS_MIN: usize = 16;
@@ -52,11 +58,11 @@ pub struct PrefixStore {
     kept: Vec<Kept>,
     uses: u64,
     bytes_max: u64,
-    dir: Option<StateDir>,
+    disk: Option<Writer>,
 }
 
 struct Kept {
-    checkpoint: Checkpoint,
+    checkpoint: Arc<Checkpoint>,
     place: Place,
     used: u64, // the number of the use
     is_on_disk: bool,
@@ -100,18 +106,23 @@ impl PrefixStore {
     /// # Errors
     /// The directory cannot be read.
     pub fn open(model: &Arc<Model>, metrics: &Arc<Metrics>, args: &PrefixArgs) -> Result<Self> {
-        let engine = &model.engine;
-        let dir = args.state_dir.as_ref();
-        let dir = dir.map(|dir| StateDir::open(dir, args.state_dir_size, engine)).transpose()?;
-        dir.iter().for_each(|dir| dir.load_turns(&model.turns, engine));
-        let bytes_max = engine.options().kept_bytes;
-        let (model, metrics) = (Arc::clone(model), Arc::clone(metrics));
-        Ok(Self { model, metrics, kept: Vec::new(), uses: 0, bytes_max, dir })
+        let disk = args.state_dir.as_ref().map(|dir| {
+            let engine = &model.engine;
+            let files = StateDir::open(dir, args.state_dir_size, engine)?;
+            let owner = Identity::of(engine.container(), engine.options());
+            let answers = TurnLog::open(dir, &model.turns, &owner);
+            let bytes_max = model.prefix_bytes.waiting;
+            let writer = Writer::start(files, answers, model, metrics, bytes_max);
+            writer.context("the thread that writes states")
+        });
+        let (model, metrics, disk) = (Arc::clone(model), Arc::clone(metrics), disk.transpose()?);
+        let bytes_max = model.prefix_bytes.kept;
+        Ok(Self { model, metrics, kept: Vec::new(), uses: 0, bytes_max, disk })
     }
 
     /// Whether anything is kept at all.
     pub fn is_on(&self) -> bool {
-        self.bytes_max > 0 || self.dir.is_some()
+        self.bytes_max > 0 || self.disk.is_some()
     }
 
     /// Tokens of the longest checkpoint in memory that `prompt` begins with.
@@ -123,20 +134,20 @@ impl PrefixStore {
     /// The longest checkpoint that `prompt` begins with.
     pub fn longest(&mut self, prompt: &[TokenId]) -> Option<Checkpoint> {
         let position = self.longest_position(prompt);
-        let dir = self.dir.as_mut();
+        let disk = self.disk.as_ref();
         if let Some((checkpoint, place)) =
-            dir.and_then(|dir| dir.longest(prompt, position + TOKENS_MIN, &self.model.engine))
+            disk.and_then(|disk| disk.longest(prompt, position + TOKENS_MIN, &self.model))
         {
             self.metrics.prefix_loads.add(1);
-            self.insert(checkpoint.clone(), place, true);
-            return Some(checkpoint);
+            self.insert(Arc::clone(&checkpoint), place, true);
+            return Some(Checkpoint::clone(&checkpoint));
         }
         self.uses += 1;
         let found = self.kept.iter_mut().find(|kept| {
             kept.checkpoint.position() == position && prompt.starts_with(kept.checkpoint.tokens())
         })?;
         found.used = self.uses;
-        Some(found.checkpoint.clone())
+        Some(Checkpoint::clone(&found.checkpoint))
     }
 
     /// Keeps the point at which `tokens` have been taken; `make` makes it if it is not there yet.
@@ -157,31 +168,36 @@ impl PrefixStore {
             kept.used = self.uses;
             return Ok(());
         }
-        self.insert(make()?, place, false);
+        self.insert(Arc::new(make()?), place, false);
         Ok(())
     }
 
     /// Remembers an answer, for conversations that repeat it.
     pub fn record(&self, turn: Turn) {
+        self.disk.iter().for_each(|disk| disk.record(turn.clone()));
         self.model.turns.record(turn);
     }
 
-    /// Writes what is worth it to disk: all but the points that a later one of their kind continues.
-    pub fn save_all(&mut self) {
-        let Some(dir) = &self.dir else { return };
-        dir.save_turns(&self.model.turns, &self.model.engine);
+    /// Writes what is worth it to disk, all but the points that a later one of their kind continues,
+    /// and gives the rest up then.
+    pub fn save_all(&mut self, until: Instant) {
         while !self.kept.is_empty() {
             let goes = self.first_to_go();
-            self.evict(goes);
+            self.evict(goes, Writer::keep_last);
+        }
+        let left = self.disk.as_ref().map_or(0, |disk| disk.finish(until));
+        if left > 0 {
+            let why = "states and answers are not written, the time of --shutdown-timeout is over";
+            log::note(&format!("warning: {left} {why}"));
         }
     }
 
-    fn insert(&mut self, checkpoint: Checkpoint, place: Place, is_on_disk: bool) {
+    fn insert(&mut self, checkpoint: Arc<Checkpoint>, place: Place, is_on_disk: bool) {
         self.uses += 1;
         self.kept.push(Kept { checkpoint, place, used: self.uses, is_on_disk });
         while self.bytes() > self.bytes_max {
             let goes = self.first_to_go();
-            self.evict(goes);
+            self.evict(goes, Writer::keep);
             self.metrics.prefix_evictions.add(1);
         }
         self.metrics.prefixes.set(self.kept.len() as u64);
@@ -189,7 +205,7 @@ impl PrefixStore {
     }
 
     fn bytes(&self) -> u64 {
-        Checkpoint::bytes_of_all(self.kept.iter().map(|kept| &kept.checkpoint))
+        Checkpoint::bytes_of_all(self.kept.iter().map(|kept| &*kept.checkpoint))
     }
 
     /// The index of the one that is missed least. There must be one.
@@ -209,11 +225,12 @@ impl PrefixStore {
         })
     }
 
-    fn evict(&mut self, index: usize) {
+    /// Lets one go; `write` is how it comes to disk if it is worth it.
+    fn evict(&mut self, index: usize, write: impl Fn(&Writer, Arc<Checkpoint>, Place)) {
         let is_continued = self.is_continued(index);
         let Kept { checkpoint, place, is_on_disk, .. } = self.kept.swap_remove(index);
-        if let Some(dir) = self.dir.as_mut().filter(|_| !is_on_disk && !is_continued) {
-            dir.save(&checkpoint, place);
+        if let Some(disk) = self.disk.as_ref().filter(|_| !is_on_disk && !is_continued) {
+            write(disk, checkpoint, place);
         }
     }
 }

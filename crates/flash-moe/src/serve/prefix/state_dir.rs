@@ -1,15 +1,16 @@
 //! Checkpoints in files, which survive the server.
 //!
 //! Owns the files `prefix-PLACE-HASH.state` of one directory, in the layout of `--save-state`, and their
-//! sum, which stays within a bound: those not used for longest are removed. Beside them `turns.json`
-//! holds the answers whose tokens are in them. At the start only
-//! headers and tokens are read. A file that is damaged is removed with a warning, and one of
+//! sum, which stays within a bound: those not used for longest are removed. At the start only
+//! headers and tokens are read. One thread looks states up while another writes them, and neither
+//! waits for what the other does on the disk. A file that is damaged is removed with a warning, and one of
 //! another model or other settings is left alone until the bound removes it. Nothing here is ever
 //! an error of a request: what cannot be read is computed again.
 
 use std::fs::File;
-use std::io::{BufReader, ErrorKind};
+use std::io::BufReader;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
 use anyhow::{Context, Error, Result, ensure};
@@ -19,23 +20,20 @@ use flash_moe_engine::shape::TokenId;
 use xxhash_rust::xxh3::Xxh3Default;
 
 use super::Place;
-use crate::convert::files::{make_directory, remove_partial_files, write_whole};
+use crate::convert::files::{make_directory, remove_partial_files};
 use crate::serve::log;
-use crate::serve::turns::Turns;
 use crate::state_file::NewState;
 
 /// Bytes read at once of a header and its tokens.
 const BUFFER_BYTES: usize = 64 << 10;
 const PREFIX: &str = "prefix-";
 const ENDING: &str = ".state";
-/// Name of the file of the answers.
-const TURNS: &str = "turns.json";
 
 /// The directory.
 pub struct StateDir {
     dir: PathBuf,
     bytes_max: u64,
-    files: Vec<StateFile>, // least recently used first
+    files: Mutex<Vec<StateFile>>, // least recently used first
 }
 
 struct StateFile {
@@ -64,41 +62,37 @@ impl StateDir {
         }
         found.sort_by_key(|(time, _)| *time);
         let files = found.into_iter().map(|(_, file)| file).collect();
-        let mut all = Self { dir: dir.into(), bytes_max, files };
+        let all = Self { dir: dir.into(), bytes_max, files: Mutex::new(files) };
         all.trim();
         Ok(all)
     }
 
     /// The longest state of at least `least` tokens that `prompt` begins with.
     pub fn longest(
-        &mut self,
+        &self,
         prompt: &[TokenId],
         least: usize,
         engine: &Engine,
     ) -> Option<(Checkpoint, Place)> {
         loop {
-            let fits = |file: &&StateFile| {
-                file.tokens.len() >= least.max(1) && prompt.starts_with(&file.tokens)
-            };
-            let best = self.files.iter().filter(fits).max_by_key(|file| file.tokens.len())?;
-            let path = best.path.clone();
-            let file = self.take(&path);
+            // While it is read it is not listed, so that it is not removed either.
+            let file = take_longest(&mut self.lock(), prompt, least)?;
             match load(&file, engine) {
                 Ok(checkpoint) => {
                     let place = file.place;
-                    self.files.push(file);
+                    self.list(file);
                     return Some((checkpoint, place));
                 }
-                Err(error) => remove_damaged(&path, &error),
+                Err(error) => remove_damaged(&file.path, &error),
             }
         }
     }
 
     /// Writes a checkpoint; one that it continues from the same place is no longer needed. What goes
     /// wrong is a warning.
-    pub fn save(&mut self, checkpoint: &Checkpoint, place: Place) {
+    pub fn save(&self, checkpoint: &Checkpoint, place: Place) {
         let tokens = checkpoint.tokens();
-        if self.files.iter().any(|file| file.tokens == tokens) {
+        if self.lock().iter().any(|file| file.tokens == tokens) {
             return;
         }
         let bytes = Checkpoint::bytes_of_all([checkpoint]);
@@ -113,58 +107,51 @@ impl StateDir {
             .and_then(|()| Ok(std::fs::metadata(&path)?.len()));
         match written {
             Ok(bytes) => {
-                let continued = |file: &StateFile| {
+                self.remove_all(|file| {
                     file.place == place
                         && !file.tokens.is_empty()
                         && tokens.starts_with(&file.tokens)
-                };
-                while let Some(file) = self.files.iter().find(|file| continued(file)) {
-                    let path = file.path.clone();
-                    self.remove(&path);
-                }
-                self.files.push(StateFile { path, bytes, place, tokens: tokens.to_vec() });
+                });
+                self.list(StateFile { path, bytes, place, tokens: tokens.to_vec() });
                 self.trim();
             }
             Err(error) => log::note(&format!("warning: a prefix is not kept on disk: {error:#}")),
         }
     }
 
-    /// Writes the answers whose tokens the states hold. What goes wrong is a warning.
-    pub fn save_turns(&self, turns: &Turns, engine: &Engine) {
-        if let Err(error) = write_whole(&self.dir.join(TURNS), &turns.to_bytes(engine)) {
-            log::note(&format!("warning: answers are not kept on disk: {error:#}"));
-        }
-    }
-
-    /// Reads them. A damaged file is removed with a warning; those of another model are none.
-    pub fn load_turns(&self, turns: &Turns, engine: &Engine) {
-        let path = self.dir.join(TURNS);
-        let read = match std::fs::read(&path) {
-            Err(error) if error.kind() == ErrorKind::NotFound => return,
-            read => read.map_err(Error::from),
-        };
-        if let Err(error) = read.and_then(|bytes| turns.take_bytes(&bytes, engine)) {
-            remove_damaged(&path, &error);
-        }
+    /// Lists a file as the one used last; it was perhaps written anew while it was not listed.
+    fn list(&self, file: StateFile) {
+        let mut files = self.lock();
+        files.retain(|other| other.path != file.path);
+        files.push(file);
     }
 
     /// Removes what has not been used for longest until the rest is within the bound.
-    fn trim(&mut self) {
-        while self.files.iter().map(|file| file.bytes).sum::<u64>() > self.bytes_max {
-            let path = self.files[0].path.clone();
-            self.remove(&path);
-        }
+    fn trim(&self) {
+        let mut bytes: u64 = self.lock().iter().map(|file| file.bytes).sum();
+        self.remove_all(|file| {
+            let goes = bytes > self.bytes_max;
+            bytes -= if goes { file.bytes } else { 0 };
+            goes
+        });
     }
 
-    fn take(&mut self, path: &Path) -> StateFile {
-        let at = self.files.iter().position(|file| file.path == path);
-        self.files.remove(at.expect("the path of a file that is listed"))
+    fn remove_all(&self, goes: impl FnMut(&mut StateFile) -> bool) {
+        let gone: Vec<StateFile> = self.lock().extract_if(.., goes).collect();
+        gone.iter().for_each(|file| remove(&file.path));
     }
 
-    fn remove(&mut self, path: &Path) {
-        self.take(path);
-        remove(path);
+    fn lock(&self) -> MutexGuard<'_, Vec<StateFile>> {
+        self.files.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+fn take_longest(files: &mut Vec<StateFile>, prompt: &[TokenId], least: usize) -> Option<StateFile> {
+    let fits =
+        |file: &StateFile| file.tokens.len() >= least.max(1) && prompt.starts_with(&file.tokens);
+    let fitting = files.iter().enumerate().filter(|(_, file)| fits(file));
+    let (at, _) = fitting.max_by_key(|(_, file)| file.tokens.len())?;
+    Some(files.remove(at))
 }
 
 /// The place in the name of a file, if it is one of ours.
@@ -194,7 +181,8 @@ fn load(file: &StateFile, engine: &Engine) -> Result<Checkpoint> {
     Ok(checkpoint)
 }
 
-fn remove_damaged(path: &Path, error: &Error) {
+/// Removes a file that cannot be used, with a warning.
+pub fn remove_damaged(path: &Path, error: &Error) {
     log::note(&format!("warning: {}: {error:#}; it is removed", path.display()));
     remove(path);
 }

@@ -45,6 +45,7 @@ struct Queue {
     jobs: VecDeque<Job>,
     live: usize,
     state: State,
+    until: Option<Instant>, // when the end must be over
 }
 
 #[derive(Clone, Copy, Default, PartialEq, Eq)]
@@ -124,8 +125,9 @@ impl Schedule {
         (queue.live, queue.jobs.len())
     }
 
-    /// Takes no more jobs; the ones there are go on.
-    pub fn drain(&self) {
+    /// Takes no more jobs; the ones there are go on. What is kept on disk may be written until then.
+    pub fn drain(&self, until: Instant) {
+        self.shared.lock().until = Some(until);
         self.set(State::Draining);
     }
 
@@ -170,6 +172,10 @@ impl Shared {
         let mut queue = self.lock();
         queue.state = State::Stopping;
         queue.jobs.clear();
+    }
+
+    fn until(&self) -> Instant {
+        self.lock().until.unwrap_or_else(Instant::now)
     }
 
     fn is_stopping(&self) -> bool {
@@ -224,7 +230,7 @@ fn work_off(shared: &Shared, model: &Model, metrics: &Metrics, prefixes: &mut Pr
             conclude(&job, step, metrics);
         }
     }
-    prefixes.save_all();
+    prefixes.save_all(shared.until());
 }
 
 /// The jobs' sessions take the tokens that were chosen, all together; gives the jobs that failed.
