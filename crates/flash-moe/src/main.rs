@@ -11,6 +11,7 @@ mod hot_set;
 mod state_file;
 mod tiny;
 
+mod chat;
 mod eval;
 mod run;
 mod serve;
@@ -35,6 +36,7 @@ fn main() -> ExitCode {
     let success = |()| ExitCode::SUCCESS;
     let outcome = match options::Options::parse().command {
         Command::Run(args) => run::run(&args),
+        Command::Chat(args) => chat::run(*args),
         Command::Serve(args) => serve::run(&args),
         Command::Eval(args) => eval::run(&args).map(success),
         Command::Bench(args) => bench::run(&args).map(success),
