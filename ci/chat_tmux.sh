@@ -5,11 +5,13 @@
 set -euo pipefail
 program=$(realpath "${1:?the program}")
 scratch=$(mktemp -d)
-socket=chat-$$
+windows=0
+socket=chat-$$-0
 mux() { tmux -L "$socket" -f /dev/null "$@"; }
 trap 'mux kill-server 2>/dev/null || true; rm -rf "$scratch"' EXIT
 home=(env "HOME=$scratch" "XDG_DATA_HOME=$scratch/data" "XDG_CACHE_HOME=$scratch/cache")
-flags=(--memory 600MiB --threads 1 --seed 5)
+# Slow kernels, so that an answer is still coming when it is looked at.
+flags=(--memory 600MiB --threads 1 --seed 5 --isa scalar)
 
 screen() { mux capture-pane -p -t chat; }
 fail() { echo "FAIL: $1"; screen; exit 1; }
@@ -34,6 +36,8 @@ start() {
   local columns=$1 rows=$2
   shift 2
   mux kill-server 2>/dev/null || true
+  windows=$((windows + 1))
+  socket=chat-$$-$windows
   mux new-session -d -s chat -x "$columns" -y "$rows" \
     "${home[*]} $program chat ${flags[*]} $*; echo status \$?; stty -a | grep -o -- '-\?icanon'; sleep 600"
 }
@@ -69,8 +73,10 @@ start 40 24 --resume
 wait_for "> Tell me a story about a robot."
 type_line "And then?"
 wait_for "Ctrl-C stops"
-gone "Ctrl-C stops"
+wait_for "tok/s"
 show "resumed, at 40 columns"
+mux send-keys -t chat C-c
+gone "Ctrl-C stops"
 type_line "/help"
 wait_for "suspend"
 show "help at 40 columns"

@@ -243,7 +243,7 @@ pub fn explained(names: &[(String, String)], columns: usize) -> Vec<Line> {
     let mut lines = Vec::new();
     for (name, what) in names {
         let what = Line::new(what, Style::DIM);
-        let padded = format!("{name:<width$}", width = NAME_COLUMNS);
+        let padded = format!("{name:<NAME_COLUMNS$}");
         if is_wide && width(&padded) == NAME_COLUMNS {
             let first = vec![Span::new(&padded, Style::PLAIN)];
             lines.extend(wrap(&what, columns, Indent { first, rest: rest.clone() }));
