@@ -57,7 +57,7 @@ def text(client, texts):
 
 eos_tokens = []
 for special in ["<|im_end|>", "<|endoftext|>"]:
-    ids = json.loads(request("POST", "/tokenize", {"text": special}))["tokens"]
+    ids = json.loads(request("POST", "/tokenize", {"content": special}))["tokens"]
     eos_tokens += ids if len(ids) == 1 else []
 
 alone = {}

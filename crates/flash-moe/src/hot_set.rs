@@ -79,7 +79,7 @@ impl HotSetFile {
 }
 
 fn note(text: &str) {
-    eprintln!("flash-moe: note: {text}");
+    crate::serve::log::note(&format!("note: {text}"));
 }
 
 fn identity(container: &Container) -> String {

@@ -11,6 +11,7 @@ mod hot_set;
 mod state_file;
 mod tiny;
 
+mod chat;
 mod eval;
 mod run;
 mod serve;
@@ -25,6 +26,7 @@ mod inspect;
 mod synth;
 mod verify;
 
+use std::io::{self, Write};
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -35,6 +37,7 @@ fn main() -> ExitCode {
     let success = |()| ExitCode::SUCCESS;
     let outcome = match options::Options::parse().command {
         Command::Run(args) => run::run(&args),
+        Command::Chat(args) => chat::run(*args),
         Command::Serve(args) => serve::run(&args),
         Command::Eval(args) => eval::run(&args).map(success),
         Command::Bench(args) => bench::run(&args).map(success),
@@ -48,7 +51,8 @@ fn main() -> ExitCode {
         Ok(code) => code,
         Err(error) if is_closed_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("flash-moe: {}", with_causes(&error));
+            // Where nobody can be told, the status says it.
+            writeln!(io::stderr(), "flash-moe: {}", with_causes(&error)).unwrap_or(());
             ExitCode::FAILURE
         }
     }

@@ -18,6 +18,7 @@ mod invariance;
 mod parity;
 
 mod bench;
+mod chat;
 mod counts;
 mod hot_set;
 mod run;

@@ -1,7 +1,7 @@
 //! Everything the program takes from the environment, read here and nowhere else.
 //!
-//! Four things: where caches go, whether colour is wanted, which streams are terminals, and the original
-//! engine's `TQ_KV`.
+//! Where caches and data go, whether colour is wanted, which streams are terminals, which editor the
+//! user likes, and the original engine's `TQ_KV`.
 
 use std::env;
 use std::ffi::OsString;
@@ -18,17 +18,55 @@ pub fn cache_dir() -> Option<PathBuf> {
     if let Some(dir) = set(CACHE_VARIABLE) {
         return Some(dir.into());
     }
+    let xdg = ("XDG_CACHE_HOME", &[".cache"][..]);
+    system_dir("LOCALAPPDATA", &["Library", "Caches"], xdg)
+}
+
+/// The directory for what the user would miss, or `None` where the system names none.
+///
+/// `flash-moe` in the system's data directory.
+pub fn data_dir() -> Option<PathBuf> {
+    let xdg = ("XDG_DATA_HOME", &[".local", "share"][..]);
+    system_dir("APPDATA", &["Library", "Application Support"], xdg)
+}
+
+/// `flash-moe` in one of the system's directories: a variable of Windows, a place below the home of
+/// macOS, elsewhere a variable and a place below the home where that is not set.
+fn system_dir(windows: &str, mac: &[&str], (xdg, elsewhere): (&str, &[&str])) -> Option<PathBuf> {
+    let below_home =
+        |parts: &[&str]| Some(PathBuf::from(set("HOME")?).join(parts.iter().collect::<PathBuf>()));
     let base = if cfg!(windows) {
-        PathBuf::from(set("LOCALAPPDATA")?)
+        PathBuf::from(set(windows)?)
     } else if cfg!(target_os = "macos") {
-        PathBuf::from(set("HOME")?).join("Library").join("Caches")
+        below_home(mac)?
     } else {
-        match set("XDG_CACHE_HOME") {
+        match set(xdg) {
             Some(dir) => PathBuf::from(dir),
-            None => PathBuf::from(set("HOME")?).join(".cache"),
+            None => below_home(elsewhere)?,
         }
     };
     Some(base.join("flash-moe"))
+}
+
+/// The user's editor, with arguments, as a shell would read it.
+pub fn editor() -> Option<String> {
+    set("VISUAL").or_else(|| set("EDITOR")).and_then(|name| name.into_string().ok())
+}
+
+/// The shell that runs commands.
+pub fn shell() -> &'static str {
+    if cfg!(windows) { "cmd" } else { "/bin/sh" }
+}
+
+/// Whether a program may draw on this terminal: both ends are one, and it is not a dumb one.
+pub fn may_draw() -> bool {
+    let knows = cfg!(windows) || set("TERM").is_some_and(|term| term != "dumb");
+    io::stdin().is_terminal() && io::stdout().is_terminal() && knows
+}
+
+/// Whether colours are wanted where they are possible.
+pub fn may_color() -> bool {
+    set("NO_COLOR").is_none()
 }
 
 /// Whether the original engine's variable asks for its compressed keys and values.

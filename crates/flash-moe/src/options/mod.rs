@@ -5,6 +5,7 @@
 use clap::{Parser, Subcommand};
 
 pub mod bench;
+pub mod chat;
 pub mod convert;
 pub mod engine;
 pub mod eval;
@@ -31,6 +32,8 @@ pub struct Options {
 pub enum Command {
     /// Answer a prompt.
     Run(Box<run::RunArgs>),
+    /// Talk with a model in the terminal.
+    Chat(Box<chat::ChatArgs>),
     /// Answer OpenAI and Anthropic clients over HTTP.
     Serve(Box<serve::ServeArgs>),
     /// Measure perplexity, or the divergence between two containers.

@@ -132,7 +132,7 @@ pub struct LengthArgs {
 }
 
 /// How tokens are chosen. What is not given comes from the model's generation_config.json.
-#[derive(Args, Debug)]
+#[derive(Args, Clone, PartialEq, Debug)]
 #[command(next_help_heading = "Sampling (defaults: the model's generation_config.json)")]
 pub struct SamplingArgs {
     /// Always take the most probable token.

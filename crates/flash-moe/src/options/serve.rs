@@ -4,7 +4,7 @@
 //! a file, so that it is in no process list.
 
 use std::net::IpAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -161,17 +161,26 @@ impl ListenArgs {
     pub fn key(&self) -> Result<Option<String>> {
         let key = match (&self.api_key, &self.api_key_file) {
             (Some(key), _) => key.clone(),
-            (None, Some(path)) => {
-                let named = || path.display().to_string();
-                let text = std::fs::read_to_string(path).with_context(named)?;
-                text.lines().next().unwrap_or("").trim().to_string()
-            }
+            (None, Some(path)) => key_in(path)?,
             (None, None) => return Ok(None),
         };
         if key.is_empty() {
             bail!("the API key is empty; leave the flag out to ask for none");
         }
         Ok(Some(key))
+    }
+}
+
+/// The key that is the first line of a file.
+///
+/// # Errors
+/// The file cannot be read; the line is empty.
+pub fn key_in(path: &Path) -> Result<String> {
+    let named = || path.display().to_string();
+    let text = std::fs::read_to_string(path).with_context(named)?;
+    match text.lines().next().map(str::trim) {
+        Some(key) if !key.is_empty() => Ok(key.into()),
+        _ => bail!("{}: the API key in its first line is empty", named()),
     }
 }
 

@@ -7,7 +7,7 @@ mod answer;
 mod generate;
 mod interrupt;
 mod prompt;
-mod report;
+pub mod report;
 mod thinking;
 mod trace;
 

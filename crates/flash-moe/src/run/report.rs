@@ -296,14 +296,23 @@ pub fn rate(count: usize, duration: Duration) -> Option<f64> {
 
 /// The most memory this process had, in bytes: Linux's `VmHWM`; unknown elsewhere.
 pub fn peak_memory() -> Option<u64> {
+    memory_field("VmHWM:")
+}
+
+/// The memory this process has, in bytes: Linux's `VmRSS`; unknown elsewhere.
+pub fn current_memory() -> Option<u64> {
+    memory_field("VmRSS:")
+}
+
+fn memory_field(name: &str) -> Option<u64> {
     if !cfg!(target_os = "linux") {
         return None;
     }
-    high_water(&std::fs::read_to_string("/proc/self/status").ok()?)
+    field(&std::fs::read_to_string("/proc/self/status").ok()?, name)
 }
 
-fn high_water(status: &str) -> Option<u64> {
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+fn field(status: &str, name: &str) -> Option<u64> {
+    let line = status.lines().find_map(|line| line.strip_prefix(name))?;
     let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
     Some(kib * 1024)
 }
@@ -401,7 +410,7 @@ mod tests {
 
     #[test]
     fn the_high_water_mark_is_read_as_the_system_writes_it() {
-        assert_eq!(high_water("VmPeak:\t 9 kB\nVmHWM:\t    8192 kB\n"), Some(8192 * 1024));
-        assert_eq!(high_water("VmPeak:\t 9 kB\n"), None);
+        assert_eq!(field("VmPeak:\t 9 kB\nVmHWM:\t    8192 kB\n", "VmHWM:"), Some(8192 * 1024));
+        assert_eq!(field("VmPeak:\t 9 kB\n", "VmHWM:"), None);
     }
 }

@@ -2,14 +2,30 @@
 //!
 //! Nothing of what a client wrote or a model answered is logged, only counts and times.
 
+use std::io::{self, Write};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use super::schedule::Step;
 use super::schedule::{Failure, Finish, Job, Usage};
 
+/// Who gets the lines instead of standard error: a program that draws on the terminal.
+static LISTENER: Mutex<Option<Sender<String>>> = Mutex::new(None);
+
+/// From here on lines go to the receiver, until it is dropped.
+pub fn listen() -> Receiver<String> {
+    let (sender, receiver) = channel();
+    *LISTENER.lock().unwrap_or_else(PoisonError::into_inner) = Some(sender);
+    receiver
+}
+
 /// The line of a job that is over.
 pub fn job(job: &Job, usage: Usage, step: &Step, ended: &str) {
     let origin = &job.origin;
+    if origin.request.is_empty() {
+        return;
+    }
     let mut line = format!(
         "request={} api={} index={} ended={ended} prompt={} cached={} generated={} total_ms={}",
         origin.request,
@@ -43,9 +59,13 @@ pub fn job(job: &Job, usage: Usage, step: &Step, ended: &str) {
     note(&line);
 }
 
-/// A line of its own.
+/// A line of its own. Where nobody can be told any more, nothing is said.
 pub fn note(text: &str) {
-    eprintln!("flash-moe: {text}");
+    let listener = LISTENER.lock().unwrap_or_else(PoisonError::into_inner).clone();
+    let heard = listener.is_some_and(|listener| listener.send(text.into()).is_ok());
+    if !heard {
+        writeln!(io::stderr(), "flash-moe: {text}").unwrap_or(());
+    }
 }
 
 /// Whole milliseconds.

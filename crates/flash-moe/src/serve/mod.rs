@@ -2,23 +2,24 @@
 //!
 //! Connections are tokio's; the model runs on one thread of its own (`schedule`), and the two meet in
 //! a bounded queue of jobs and a channel of events for each request. Everything that can be refused
-//! is refused before the weights are read, or before a job is made.
+//! is refused before the weights are read, or before a job is made. `flash-moe chat` uses the same
+//! model, schedule and prefixes without any connection.
 
-mod api;
+pub mod api;
 
 mod constrain;
-mod model;
-mod turns;
+pub mod model;
+pub mod turns;
 
-mod prefix;
-mod schedule;
+pub mod prefix;
+pub mod schedule;
 
 mod listen;
 mod route;
 mod sse;
 
-mod log;
-mod metrics;
+pub mod log;
+pub mod metrics;
 mod panel;
 
 use std::net::{SocketAddr, TcpListener};
@@ -58,7 +59,8 @@ pub fn run(args: &ServeArgs) -> Result<ExitCode> {
     if let Some(dir) = &args.prefix.state_dir {
         make_directory(dir)?;
     }
-    let model = Arc::new(Model::open(args)?);
+    let model =
+        Arc::new(Model::open(&args.engine, &args.answer, &args.prefix, args.load.parallel)?);
     let hot_set = args.hot_set.file(model.engine.container());
     hot_set.iter().for_each(|file| file.load(&model.engine));
     let metrics = Arc::new(Metrics::new());

@@ -16,8 +16,10 @@ use flash_moe_engine::shape::TokenId;
 use flash_moe_engine::tokenizer::Tokenizer;
 
 use super::constrain::{BYTES_PER_TOKEN, Grammars};
+use super::log;
 use super::turns::Turns;
-use crate::options::serve::ServeArgs;
+use crate::options::engine::EngineArgs;
+use crate::options::serve::{AnswerArgs, PrefixArgs};
 
 /// A model that is ready.
 pub struct Model {
@@ -62,29 +64,34 @@ const PREFIX_BYTES_MAX: u64 = 2 << 30;
 const WAITING_BYTES_MIN: u64 = 64 << 20;
 
 impl Model {
-    /// Opens the model that the flags name.
+    /// Opens the model that the flags name, with memory for so many texts at once.
     ///
     /// # Errors
     /// What the container, the tokenizer, the template or the memory plan have to say.
-    pub fn open(args: &ServeArgs) -> Result<Self> {
-        let model = args.engine.open()?;
+    pub fn open(
+        engine: &EngineArgs,
+        answer: &AnswerArgs,
+        prefix: &PrefixArgs,
+        sessions: usize,
+    ) -> Result<Self> {
+        let model = engine.open()?;
         let dir = model.container.dir().to_path_buf();
-        let mut options = args.engine.engine_options(&model, args.answer.context)?;
-        for note in args.engine.lossy(&model.container) {
-            eprintln!("flash-moe: note: lossy: {note}");
+        let mut options = engine.engine_options(&model, answer.context)?;
+        for note in engine.lossy(&model.container) {
+            log::note(&format!("note: lossy: {note}"));
         }
         let Some(tokenizer) = model.tokenizer else {
-            bail!("{} has no tokenizer.json; a server needs one", dir.display());
+            bail!("{} has no tokenizer.json; conversations need one", dir.display());
         };
-        let template = template(args, &dir)?;
+        let template = template(answer, &dir)?;
         let config = GenerationConfig::open(&dir)?;
         let eos = config.eos(model.container.shape());
         let grammars = Grammars::new(&tokenizer, &eos)?;
-        options.sessions = args.load.parallel;
+        options.sessions = sessions;
         options.other_bytes += tokenizer.count() as u64 * BYTES_PER_TOKEN;
-        let prefix_bytes = prefix_bytes(args, &model.container, &options)?;
+        let prefix_bytes = prefix_bytes(prefix, &model.container, &options)?;
         options.kept_bytes = prefix_bytes.kept + prefix_bytes.waiting;
-        let name = args.answer.alias.clone();
+        let name = answer.alias.clone();
         let name = name.unwrap_or_else(|| model.container.manifest().name.clone());
         let opened = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs());
         let engine = Arc::new(Engine::open(model.container, &options)?);
@@ -97,8 +104,8 @@ impl Model {
             grammars,
             name,
             opened,
-            think_budget: args.answer.think_budget,
-            prefix_every: args.prefix.prefix_every,
+            think_budget: answer.think_budget,
+            prefix_every: prefix.prefix_every,
             prefix_bytes,
             turns: Turns::default(),
         })
@@ -106,12 +113,16 @@ impl Model {
 }
 
 /// The bound of the flag, or a part of the memory that leaves the pool more than its floor.
-fn prefix_bytes(args: &ServeArgs, container: &Container, options: &Options) -> Result<PrefixBytes> {
-    let waiting = |kept: u64| match args.prefix.state_dir {
+fn prefix_bytes(
+    args: &PrefixArgs,
+    container: &Container,
+    options: &Options,
+) -> Result<PrefixBytes> {
+    let waiting = |kept: u64| match args.state_dir {
         Some(_) => (kept / 4).max(WAITING_BYTES_MIN),
         None => 0,
     };
-    if let Some(kept) = args.prefix.prefix_memory {
+    if let Some(kept) = args.prefix_memory {
         return Ok(PrefixBytes { kept, waiting: waiting(kept) });
     }
     let plain = Budget::sized(&Demand::of(container), options)?;
@@ -121,8 +132,8 @@ fn prefix_bytes(args: &ServeArgs, container: &Container, options: &Options) -> R
 }
 
 /// The template of the flag, or the model's; none is a note, since completions need none.
-fn template(args: &ServeArgs, dir: &std::path::Path) -> Result<Option<ChatTemplate>> {
-    if let Some(path) = &args.answer.chat_template {
+fn template(args: &AnswerArgs, dir: &std::path::Path) -> Result<Option<ChatTemplate>> {
+    if let Some(path) = &args.chat_template {
         let named = || path.display().to_string();
         let source = std::fs::read_to_string(path).with_context(named)?;
         let config = std::fs::read_to_string(dir.join(CONFIG_FILE)).unwrap_or("null".into());
@@ -132,7 +143,7 @@ fn template(args: &ServeArgs, dir: &std::path::Path) -> Result<Option<ChatTempla
     match ChatTemplate::open(dir) {
         Ok(template) => Ok(Some(template)),
         Err(error) => {
-            eprintln!("flash-moe: note: no conversations, completions alone: {error}");
+            log::note(&format!("note: no conversations, completions alone: {error}"));
             Ok(None)
         }
     }

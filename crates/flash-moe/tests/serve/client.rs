@@ -82,6 +82,11 @@ impl Server {
         Self { child, address, log: Some(log), _home: home }
     }
 
+    /// Where it listens: a host and a port.
+    pub fn address(&self) -> &str {
+        &self.address
+    }
+
     /// A connection.
     pub fn connect(&self) -> TcpStream {
         let stream = TcpStream::connect(&self.address).expect("a connection");

@@ -3,7 +3,7 @@
 //! `client` starts the program and speaks HTTP/1.1 with it; the other modules hold the claims, by
 //! what they are about.
 
-mod client;
+pub mod client;
 
 mod agents;
 mod answers;

@@ -390,7 +390,7 @@ impl Prepared {
             return Err(Refusal::field("prompt", "has no tokens"));
         }
         if tokens > context {
-            let advice = "shorten it, or start the server with a larger --context";
+            let advice = "shorten it, or start with a larger --context";
             let why =
                 format!("the prompt has {tokens} tokens, the context holds {context}; {advice}");
             return Err(Refusal::new(400, why));
@@ -417,6 +417,7 @@ impl Prepared {
                 max_tokens: wishes.max_tokens,
                 think_budget: wishes.think_budget.unwrap_or(model.think_budget),
                 deadline,
+                stop: None,
             },
             format,
             constraint: None,

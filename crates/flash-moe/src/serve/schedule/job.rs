@@ -3,6 +3,8 @@
 //! A job owns everything its text depends on, so the order in which jobs take turns cannot change
 //! it. It is cancelled by dropping the receiver of its events: that is looked at before every step.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use flash_moe_engine::logprobs::Logprobs;
@@ -50,6 +52,8 @@ pub struct Limits {
     pub think_budget: usize,
     /// When the request is given up.
     pub deadline: Option<Instant>,
+    /// Ends it at the next token, or between two chunks of its prompt, as if the model had.
+    pub stop: Option<Arc<AtomicBool>>,
 }
 
 /// How a text is taken apart.
@@ -66,7 +70,7 @@ pub struct Format {
 /// The request that a job belongs to.
 #[derive(Clone, Debug)]
 pub struct Origin {
-    /// Its id.
+    /// Its id; empty where no client sent it, and then nothing is logged of it.
     pub request: String,
     /// The name of the interface it came through.
     pub api: &'static str,
@@ -155,6 +159,8 @@ pub enum Finish {
     Calls,
     /// The most tokens, or the context is full.
     Length,
+    /// Whoever asked for it stopped it.
+    Stopped,
 }
 
 /// Why a text could not be finished.
@@ -168,6 +174,13 @@ pub enum Failure {
     Shutdown,
 }
 
+impl Limits {
+    /// Whether it is to end.
+    pub fn is_stopped(&self) -> bool {
+        self.stop.as_ref().is_some_and(|stop| stop.load(Ordering::Relaxed))
+    }
+}
+
 impl Finish {
     /// Its name in the log.
     pub fn name(&self) -> &'static str {
@@ -176,6 +189,7 @@ impl Finish {
             Self::StopText(_) => "stop_text",
             Self::Calls => "calls",
             Self::Length => "length",
+            Self::Stopped => "stopped",
         }
     }
 }

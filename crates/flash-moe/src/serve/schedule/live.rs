@@ -161,6 +161,7 @@ impl<'a> Live<'a> {
             return Step::Waits;
         }
         let step = match self.begin(prefixes) {
+            Ok(()) if self.job.limits.is_stopped() => Ok(self.end(Finish::Stopped)),
             Ok(()) if self.session.position() < self.job.prompt.len() => self.prefill(prefixes),
             Ok(()) => self.generate(),
             Err(error) => Err(error),
@@ -209,7 +210,11 @@ impl<'a> Live<'a> {
     fn keep_turn(&mut self, step: Step, prefixes: &mut PrefixStore) -> Result<Step> {
         let Step::Over(outcome) = &step else { return Ok(step) };
         prefixes.keep(Place::Turn, self.session.tokens(), || self.session.checkpoint())?;
-        let is_whole = matches!(outcome.finish, Finish::Stop | Finish::Calls);
+        // A text that was stopped in its answer is one to go on from; a thought or a call is not.
+        let stopped = outcome.finish == Finish::Stopped
+            && !self.said.content.is_empty()
+            && self.said.calls.is_empty();
+        let is_whole = matches!(outcome.finish, Finish::Stop | Finish::Calls) || stopped;
         if let (Some(before), true) = (self.job.before, is_whole && prefixes.is_on()) {
             let tokens = self.emitted.iter().map(|token| token.0).collect();
             prefixes.record(Turn { before, said: std::mem::take(&mut self.said), tokens });

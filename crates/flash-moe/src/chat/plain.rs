@@ -1,0 +1,264 @@
+//! The chat without a screen: a message a line in, the answer's text out.
+//!
+//! For pipes, dumb terminals and --plain. Answers and what commands say go to standard output,
+//! everything else to standard error. A message that failed does not end the run, but its exit
+//! status says so.
+
+use std::io::{self, BufRead, Write};
+use std::process::ExitCode;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use anyhow::{Context, Result, bail};
+
+use super::app::ended;
+use super::commands::{Typed, typed};
+use super::conversation::Message;
+use super::line::harmless;
+use super::perform::{Effect, perform};
+use super::talk::{Heard, Talk};
+use super::tools::declined;
+use super::view::seconds;
+
+/// A chat on plain streams.
+struct Plain {
+    talk: Talk,
+    shows_thinking: bool,
+    is_typed: bool, // by a person, who sees prompts
+    stop: Stop,
+    failed: bool,
+}
+
+/// The switch of the answer that is coming, for Ctrl-C.
+#[derive(Clone, Default)]
+struct Stop(Arc<Mutex<Option<Arc<AtomicBool>>>>);
+
+/// Runs until the input ends.
+///
+/// # Errors
+/// Standard input or output fails.
+pub fn run(talk: Talk, is_typed: bool) -> Result<(Talk, ExitCode)> {
+    let stop = Stop::default();
+    stop.listen()?;
+    let shows_thinking = talk.args.answer.show_think;
+    let mut plain = Plain { talk, shows_thinking, is_typed, stop, failed: false };
+    plain.notes();
+    let worked = plain.read();
+    let code = if plain.failed { ExitCode::FAILURE } else { ExitCode::SUCCESS };
+    worked.map(|()| (plain.talk, code))
+}
+
+impl Stop {
+    /// Ctrl-C stops the answer that is coming, and ends the program where there is none.
+    fn listen(&self) -> Result<()> {
+        let own = self.clone();
+        ctrlc::set_handler(move || match &*own.lock() {
+            Some(stop) if !stop.swap(true, Ordering::Relaxed) => {}
+            _ => std::process::exit(130),
+        })
+        .context("cannot listen for Ctrl-C")
+    }
+
+    fn set(&self, stop: Option<Arc<AtomicBool>>) {
+        *self.lock() = stop;
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Option<Arc<AtomicBool>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Plain {
+    fn read(&mut self) -> Result<()> {
+        let mut text = String::new();
+        loop {
+            self.prompt(if text.is_empty() { "> " } else { ". " });
+            let Some(line) = next_line()? else { break };
+            match line.strip_suffix('\\') {
+                Some(more) => text += &format!("{more}\n"),
+                None => {
+                    text += &line;
+                    if !self.take(&std::mem::take(&mut text))? {
+                        return Ok(());
+                    }
+                }
+            }
+        }
+        self.take(&text).map(drop)
+    }
+
+    fn prompt(&self, text: &str) {
+        if self.is_typed {
+            eprint!("{text}");
+        }
+    }
+
+    /// Takes one message or command; says whether to go on.
+    fn take(&mut self, text: &str) -> Result<bool> {
+        if text.trim().is_empty() {
+            return Ok(true);
+        }
+        match typed(text) {
+            Typed::Wrong(why) => self.fail(&why),
+            Typed::Message(message) => match self.talk.say(&message) {
+                Ok(()) => self.answer()?,
+                Err(error) => self.fail(&format!("{error:#}")),
+            },
+            Typed::Command(command) => match perform(&mut self.talk, command) {
+                Ok(Effect::Quit) => return Ok(false),
+                Ok(effect) => self.take_effect(effect)?,
+                Err(error) => self.fail(&format!("{error:#}")),
+            },
+        }
+        self.notes();
+        Ok(true)
+    }
+
+    fn take_effect(&mut self, effect: Effect) -> Result<()> {
+        match effect {
+            Effect::Say(lines) => {
+                lines.iter().try_for_each(|line| print(&format!("{}\n", harmless(line))))
+            }
+            Effect::Explain(names) => {
+                names.iter().try_for_each(|(name, what)| print(&format!("{name:<24} {what}\n")))
+            }
+            Effect::Asked => self.answer(),
+            Effect::Refill(text, note) => print(&format!("{note}: {}\n", lines(&text))),
+            Effect::Thinking(text) | Effect::Copy(text) => print(&format!("{}\n", lines(&text))),
+            Effect::ShowThinking(shown) => {
+                self.shows_thinking = shown;
+                Ok(())
+            }
+            Effect::Replay => {
+                let said = self.talk.conversation.messages.len();
+                print(&format!("{}: {said} messages\n", self.talk.session.id()))
+            }
+            Effect::Edit => {
+                self.fail("/edit needs a screen");
+                Ok(())
+            }
+            Effect::Quit => Ok(()),
+        }
+    }
+
+    /// Prints the answer as it comes, and those that follow the results of tools.
+    fn answer(&mut self) -> Result<()> {
+        loop {
+            self.stop.set(self.talk.stopper());
+            let printed = self.print_answer();
+            self.stop.set(None);
+            printed?;
+            let open = self.talk.conversation.open_calls();
+            if open.is_empty() {
+                return Ok(());
+            }
+            for call in open {
+                let result = match self.talk.tools.command(&call) {
+                    Ok(command) => self.decide(&command)?,
+                    Err(why) => format!("[{why}]"),
+                };
+                self.talk.add_result(&call.id, &result);
+            }
+            if let Err(error) = self.talk.ask() {
+                self.fail(&format!("{error:#}"));
+                return Ok(());
+            }
+        }
+    }
+
+    fn print_answer(&mut self) -> Result<()> {
+        let mut ends_line = true;
+        let mut in_thinking = false;
+        while self.talk.is_answering() {
+            for heard in self.talk.hear_next() {
+                let text = match heard {
+                    Heard::Thinking(text) if self.shows_thinking => {
+                        let opens = if in_thinking { "" } else { "<think>\n" };
+                        in_thinking = true;
+                        format!("{opens}{}", lines(&text))
+                    }
+                    Heard::Thought(_) if in_thinking => {
+                        in_thinking = false;
+                        "\n</think>\n\n".into()
+                    }
+                    Heard::Thought(time) if self.is_typed => {
+                        eprintln!("thought for {}", seconds(time));
+                        String::new()
+                    }
+                    Heard::Content(text) => lines(&text),
+                    Heard::Ended(end) => {
+                        if let Some(why) = ended(end) {
+                            eprintln!("\nflash-moe: note: {why}");
+                        }
+                        String::new()
+                    }
+                    Heard::Failed(why) => {
+                        self.fail(&why);
+                        String::new()
+                    }
+                    _ => String::new(),
+                };
+                if !text.is_empty() {
+                    ends_line = text.ends_with('\n');
+                    print(&text)?;
+                }
+            }
+        }
+        if !ends_line
+            || matches!(self.talk.conversation.messages.last(), Some(Message::Assistant(_)))
+        {
+            print("\n")?;
+        }
+        Ok(())
+    }
+
+    /// Asks about a command and gives what the model is told.
+    fn decide(&mut self, command: &str) -> Result<String> {
+        let shown: Vec<String> = command.split('\n').map(harmless).collect();
+        let directory = self.talk.tools.directory.display();
+        eprintln!("the model wants to run, in {directory}:\n  $ {}", shown.join("\n    "));
+        if !self.talk.tools.is_allowed(command) {
+            eprint!("run it? [y/n/a] ");
+            match next_line()?.unwrap_or_else(String::new).trim() {
+                "y" => {}
+                "a" => self.talk.tools.allow(command),
+                _ => return Ok(declined()),
+            }
+        }
+        let result = self.talk.tools.start(command).outcome().result();
+        eprintln!("{}", lines(&result));
+        Ok(result)
+    }
+
+    fn notes(&mut self) {
+        for note in self.talk.take_notes() {
+            eprintln!("flash-moe: note: {}", harmless(&note));
+        }
+    }
+
+    fn fail(&mut self, why: &str) {
+        self.failed = true;
+        eprintln!("flash-moe: {}", harmless(why));
+    }
+}
+
+/// The next line of standard input without its end; `None` when there is none.
+fn next_line() -> Result<Option<String>> {
+    let mut bytes = Vec::new();
+    let read = io::stdin().lock().read_until(b'\n', &mut bytes).context("standard input")?;
+    if read == 0 {
+        return Ok(None);
+    }
+    let Ok(text) = String::from_utf8(bytes) else { bail!("standard input: not UTF-8 text") };
+    Ok(Some(text.trim_end_matches(['\n', '\r']).into()))
+}
+
+/// A text whose lines stay lines and whose other control characters are shown.
+fn lines(text: &str) -> String {
+    text.split('\n').map(harmless).collect::<Vec<_>>().join("\n")
+}
+
+fn print(text: &str) -> Result<()> {
+    let mut out = io::stdout().lock();
+    out.write_all(text.as_bytes()).and_then(|()| out.flush()).context("standard output")
+}
