@@ -24,6 +24,7 @@ use serde::Serialize;
 use crate::options::engine::{EngineArgs, Model};
 use crate::options::environment;
 use crate::options::eval::EvalArgs;
+use crate::say::tell;
 
 /// Tokens in a window when none are asked for.
 const WINDOW_DEFAULT: usize = 512;
@@ -102,7 +103,7 @@ pub fn run(args: &EvalArgs) -> Result<()> {
     ensure!(window >= 2, "a window of {window} token has nothing to score; --context 2 or more");
     let lossy = args.engine.lossy(&model.container);
     for what in &lossy {
-        eprintln!("flash-moe: note: lossy: {what}");
+        tell!("flash-moe: note: lossy: {what}");
     }
     let bytes: Vec<usize> = token_bytes(&model, &tokens);
     let memory = memory_of_each(args, reference.is_some());

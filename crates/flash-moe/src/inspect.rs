@@ -19,6 +19,7 @@ use serde_json::{Value, json};
 
 use crate::convert::inventory::{self, Dense, Kind};
 use crate::options::convert::InspectArgs;
+use crate::say;
 
 /// Runs the command.
 ///
@@ -28,11 +29,10 @@ pub fn run(args: &InspectArgs) -> Result<()> {
     let container = Container::open(&args.dir)?;
     let report = Report::new(&container)?;
     if args.json {
-        println!("{}", serde_json::to_string_pretty(&report.json(&container))?);
+        say::line(&serde_json::to_string_pretty(&report.json(&container))?)
     } else {
-        report.print(&container);
+        say::text(&report.page(&container))
     }
-    Ok(())
 }
 
 /// Tensors of one part of the model.
@@ -110,20 +110,18 @@ impl Report {
         })
     }
 
-    fn print(&self, container: &Container) {
+    fn page(&self, container: &Container) -> String {
         let (manifest, shape) = (container.manifest(), container.shape());
-        println!("{} ({})", manifest.name, manifest.source);
-        println!("  {}", describe(shape));
-        println!();
-        println!("  {:<20}{:<24}{:>9}{:>14}", "part", "precision", "tensors", "size");
+        let mut out = format!("{} ({})\n  {}\n\n", manifest.name, manifest.source, describe(shape));
+        out += &format!("  {:<20}{:<24}{:>9}{:>14}\n", "part", "precision", "tensors", "size");
         for (name, group) in &self.groups {
             let precisions: Vec<&str> = group.precisions.keys().map(String::as_str).collect();
             let (precision, size) = (precisions.join(", "), DecimalBytes(group.bytes).to_string());
-            println!("  {name:<20}{precision:<24}{:>9}{size:>14}", group.tensors);
+            out += &format!("  {name:<20}{precision:<24}{:>9}{size:>14}\n", group.tensors);
         }
-        println!();
-        let line = |what: &str, bytes: u64| {
-            println!("  {what:<44}{:>12}", DecimalBytes(bytes).to_string());
+        out.push('\n');
+        let mut line = |what: &str, bytes: u64| {
+            out += &format!("  {what:<44}{:>12}\n", DecimalBytes(bytes).to_string());
         };
         line("on disk", self.dense_bytes + self.expert_bytes + self.mtp_bytes);
         line("dense file", self.dense_bytes);
@@ -137,8 +135,9 @@ impl Report {
         line("memory: smallest expert pool", pool);
         line(&format!("smallest memory to run, {context} tokens"), self.budget.smallest());
         for note in &manifest.notes {
-            println!("  note: {note}");
+            out += &format!("  note: {note}\n");
         }
+        out
     }
 
     fn json(&self, container: &Container) -> Value {

@@ -8,6 +8,7 @@
 mod options;
 
 mod hot_set;
+mod say;
 mod state_file;
 mod tiny;
 

@@ -20,6 +20,7 @@ use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 use crate::convert::progress::Progress;
 use crate::convert::workers::Workers;
 use crate::options::convert::VerifyArgs;
+use crate::say::{self, tell};
 
 /// Mismatches that are printed; the rest are counted.
 const SHOWN: usize = 20;
@@ -60,7 +61,10 @@ pub fn run(args: &VerifyArgs) -> Result<()> {
     progress.finish();
     problems.conclude("checksums")?;
     if !args.quiet {
-        println!("{}: {} tensors and records, all as they were written", dir.display(), jobs.len());
+        let count = jobs.len();
+        let text =
+            format!("{}: {count} tensors and records, all as they were written", dir.display());
+        say::line(&text)?;
     }
     Ok(())
 }
@@ -78,10 +82,10 @@ impl Problems {
         let mut found = self.0.lock().expect("nobody panics while holding it");
         found.sort();
         for problem in found.iter().take(SHOWN) {
-            eprintln!("{problem}");
+            tell!("{problem}");
         }
         if found.len() > SHOWN {
-            eprintln!("... and {} more", found.len() - SHOWN);
+            tell!("... and {} more", found.len() - SHOWN);
         }
         if found.is_empty() { Ok(()) } else { bail!("{what}: {} mismatches", found.len()) }
     }

@@ -608,3 +608,20 @@ fn a_kv_cache_with_less_than_f32_is_named_as_lossy_and_takes_less_memory() {
     let unknown = home.run(&["run", "--kv-cache", "int4", PROMPT]);
     assert!(stderr(&unknown).contains("k4v2") && unknown.status.code() == Some(2));
 }
+
+#[cfg(target_os = "linux")]
+#[test]
+fn output_that_takes_no_more_is_an_error_and_a_reader_that_left_is_none() {
+    let home = converted();
+    let model = text(&home.path("container"));
+    for args in [&["inspect", &model][..], &["inspect", "--json", &model], &["verify", &model]] {
+        let full = || std::fs::OpenOptions::new().write(true).open("/dev/full").expect("/dev/full");
+        let output = home.command(args).stdout(full()).output().expect("it starts");
+        let said = stderr(&output);
+        assert!(!output.status.success() && said.contains("standard output"), "{args:?}: {said}");
+        let (reader, writer) = std::io::pipe().expect("a pipe");
+        drop(reader);
+        let output = home.command(args).stdout(writer).stderr(full()).output().expect("it starts");
+        assert!(output.status.success(), "{args:?}: {:?}", output.status);
+    }
+}

@@ -27,6 +27,7 @@ use flash_moe_engine::store::measure::RecordFiles;
 
 use crate::options::bench::BenchArgs;
 use crate::options::engine::cores;
+use crate::say;
 use course::Course;
 use limits::{DEPTHS, Disk, Effort, MemoryProbe};
 use report::{Limits, Machine, Model, Report, RunReport};
@@ -44,10 +45,9 @@ pub fn run(args: &BenchArgs) -> Result<()> {
             .with_context(|| path.display().to_string())?;
     }
     match args.json {
-        true => println!("{}", serde_json::to_string_pretty(&report)?),
-        false => print!("{}", table::render(&report)),
+        true => say::line(&serde_json::to_string_pretty(&report)?),
+        false => say::text(&table::render(&report)),
     }
-    Ok(())
 }
 
 fn measure(args: &BenchArgs) -> Result<Report> {

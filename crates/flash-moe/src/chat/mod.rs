@@ -68,7 +68,7 @@ pub fn run(args: ChatArgs) -> Result<ExitCode> {
     let data = ChatArgs::data_dir()?;
     let store = Store::new(data.join("sessions"));
     if args.session.sessions {
-        perform::print_sessions(&store.list()?);
+        perform::print_sessions(&store.list()?)?;
         return Ok(ExitCode::SUCCESS);
     }
     let draws = environment::may_draw() && !args.session.plain;

@@ -18,6 +18,7 @@ use super::private;
 use super::sessions::Summary;
 use super::talk::{Figures, Talk};
 use super::view::grouped;
+use crate::say;
 
 /// Sessions that a list shows.
 const SESSIONS_MAX: usize = 30;
@@ -315,8 +316,11 @@ fn figure_lines(figures: &Figures) -> Vec<String> {
 }
 
 /// The first lines of a list of sessions, as `--sessions` prints them.
-pub fn print_sessions(sessions: &[Summary]) {
-    listed(sessions).iter().for_each(|line| println!("{}", super::line::harmless(line)));
+///
+/// # Errors
+/// Standard output takes no more.
+pub fn print_sessions(sessions: &[Summary]) -> Result<()> {
+    listed(sessions).iter().try_for_each(|line| say::line(&super::line::harmless(line)))
 }
 
 #[cfg(test)]

@@ -19,6 +19,7 @@ use super::perform::{Effect, perform};
 use super::talk::{Heard, Talk};
 use super::tools::declined;
 use super::view::seconds;
+use crate::say::tell;
 
 /// A chat on plain streams.
 struct Plain {
@@ -182,13 +183,13 @@ impl Plain {
                         "\n</think>\n\n".into()
                     }
                     Heard::Thought(time) if self.is_typed => {
-                        eprintln!("thought for {}", seconds(time));
+                        tell!("thought for {}", seconds(time));
                         String::new()
                     }
                     Heard::Content(text) => lines(&text),
                     Heard::Ended(end) => {
                         if let Some(why) = ended(end) {
-                            eprintln!("\nflash-moe: note: {why}");
+                            tell!("\nflash-moe: note: {why}");
                         }
                         String::new()
                     }
@@ -216,7 +217,7 @@ impl Plain {
     fn decide(&mut self, command: &str) -> Result<String> {
         let shown: Vec<String> = command.split('\n').map(harmless).collect();
         let directory = self.talk.tools.directory.display();
-        eprintln!("the model wants to run, in {directory}:\n  $ {}", shown.join("\n    "));
+        tell!("the model wants to run, in {directory}:\n  $ {}", shown.join("\n    "));
         if !self.talk.tools.is_allowed(command) {
             eprint!("run it? [y/n/a] ");
             match next_line()?.unwrap_or_else(String::new).trim() {
@@ -226,19 +227,19 @@ impl Plain {
             }
         }
         let result = self.talk.tools.start(command).outcome().result();
-        eprintln!("{}", lines(&result));
+        tell!("{}", lines(&result));
         Ok(result)
     }
 
     fn notes(&mut self) {
         for note in self.talk.take_notes() {
-            eprintln!("flash-moe: note: {}", harmless(&note));
+            tell!("flash-moe: note: {}", harmless(&note));
         }
     }
 
     fn fail(&mut self, why: &str) {
         self.failed = true;
-        eprintln!("flash-moe: {}", harmless(why));
+        tell!("flash-moe: {}", harmless(why));
     }
 }
 

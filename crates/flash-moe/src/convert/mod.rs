@@ -31,6 +31,7 @@ use flash_moe_engine::shape::Shape;
 use serde_json::Value;
 
 use crate::options::convert::{Bits, ConvertArgs};
+use crate::say::tell;
 use dense::DenseLayout;
 use plan::{ExpertLayer, Experts, Plan, Request};
 use progress::Progress;
@@ -234,7 +235,7 @@ fn settings(plan: &Plan, scheme: &Scheme, request: Request) -> BTreeMap<String, 
 
 fn complete(args: &ConvertArgs, dir: &Path) -> Result<()> {
     if !args.quiet {
-        eprintln!("{}: already complete, nothing to do", dir.display());
+        tell!("{}: already complete, nothing to do", dir.display());
     }
     Ok(())
 }

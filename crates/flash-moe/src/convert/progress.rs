@@ -6,6 +6,7 @@ use std::io::IsTerminal;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
+use crate::say::tell;
 use indicatif::{DecimalBytes, ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 /// Progress towards a known number of bytes.
@@ -70,7 +71,7 @@ impl Progress {
         if self.voice == Voice::Lines {
             let (done, total) = (self.bar.position(), self.bar.length().unwrap_or(0));
             let (of, rate) = (DecimalBytes(total), self.rate(done));
-            eprintln!("{what}: {} of {of}, {rate}/s", DecimalBytes(done));
+            tell!("{what}: {} of {of}, {rate}/s", DecimalBytes(done));
         }
     }
 
@@ -78,7 +79,7 @@ impl Progress {
     pub fn say(&self, line: &str) {
         match self.voice {
             Voice::Bar => self.bar.println(line),
-            Voice::Lines => eprintln!("{line}"),
+            Voice::Lines => tell!("{line}"),
             Voice::Silent => {}
         }
     }
@@ -99,7 +100,7 @@ impl Progress {
             Some(bytes) => format!(", peak memory {}", DecimalBytes(bytes)),
             None => String::new(),
         };
-        eprintln!(
+        tell!(
             "read {}{wrote} in {:.1} s: {}/s{peak}",
             DecimalBytes(read),
             self.started.elapsed().as_secs_f64(),

@@ -17,6 +17,7 @@ use crate::bench::limits::{self, Effort, MemoryProbe};
 use crate::bench::machine_of;
 use crate::bench::report::Limits;
 use crate::options::bench::PlanArgs;
+use crate::say;
 use estimate::{Case, Estimate, Rates};
 use report::{Change, Chunk, Memory, Report, Way};
 use subject::Subject;
@@ -65,10 +66,9 @@ pub fn run(args: &PlanArgs) -> Result<()> {
         chunks: chunks(&subject, &case, budget.context, rates)?,
     };
     match args.json {
-        true => println!("{}", serde_json::to_string_pretty(&report)?),
-        false => print!("{}", report.render()),
+        true => say::line(&serde_json::to_string_pretty(&report)?),
+        false => say::text(&report.render()),
     }
-    Ok(())
 }
 
 fn measure(args: &PlanArgs, subject: &Subject, memory_limit: u64) -> Result<(Limits, Rates)> {

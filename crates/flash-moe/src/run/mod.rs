@@ -32,6 +32,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use crate::hot_set::HotSetFile;
 use crate::options::environment;
 use crate::options::run::RunArgs;
+use crate::say::tell;
 use crate::state_file::{NewState, SavedState};
 use answer::{Answer, Show};
 use generate::{Finish, Limits, generate, prefill};
@@ -118,7 +119,7 @@ impl<'a> Run<'a> {
         let new_state = args.state.save_state.as_ref().map(create).transpose()?;
         let lossy = args.engine.lossy(&model.container).into_iter().map(|l| format!("lossy: {l}"));
         for note in lossy.chain(prompt.notes) {
-            eprintln!("flash-moe: note: {note}");
+            tell!("flash-moe: note: {note}");
         }
         let eos = config.eos(model.container.shape());
         let eos = if args.length.ignore_eos { Vec::new() } else { eos };
@@ -129,7 +130,7 @@ impl<'a> Run<'a> {
         let hot_set = args.hot_set.file(engine.container());
         hot_set.iter().for_each(|file| file.load(&engine));
         if args.output.timing {
-            eprintln!("memory plan\n{}", engine.budget());
+            tell!("memory plan\n{}", engine.budget());
         }
         Ok(Self {
             args,
@@ -200,7 +201,7 @@ impl<'a> Run<'a> {
     /// have been taken, since nothing followed it.
     fn keep(&self, session: &mut Session, answer: &[TokenId], file: NewState) -> Result<()> {
         if session.position() < self.end_of_prompt() {
-            eprintln!("flash-moe: note: no state saved: the prompt was interrupted");
+            tell!("flash-moe: note: no state saved: the prompt was interrupted");
             return file.discard();
         }
         let is_full = session.position() == self.engine.context();
@@ -208,7 +209,7 @@ impl<'a> Run<'a> {
             Some(_) if session.position() == self.end_of_prompt() + answer.len() => {}
             Some(_) if is_full => {
                 let what = "the context is full: the answer's last token is not in the state";
-                eprintln!("flash-moe: note: {what}");
+                tell!("flash-moe: note: {what}");
             }
             Some(&last) => session.step(last)?,
             None => {}
@@ -223,12 +224,12 @@ impl<'a> Run<'a> {
         if self.args.output.timing {
             let decoded = session.position().saturating_sub(self.end_of_prompt());
             let prompt = self.prompt.len();
-            eprintln!("{}", report::timing_table("prefill", &outcome.prefill_timing, prompt));
-            eprintln!("{}", report::timing_table("decode", &decode_timing, decoded));
+            tell!("{}", report::timing_table("prefill", &outcome.prefill_timing, prompt));
+            tell!("{}", report::timing_table("decode", &decode_timing, decoded));
         }
         let report = self.report(session, outcome, &decode_timing);
         if !self.args.output.quiet {
-            eprintln!("{}", report.summary());
+            tell!("{}", report.summary());
         }
         if self.args.output.json {
             let mut out = io::stdout().lock();

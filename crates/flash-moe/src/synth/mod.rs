@@ -28,6 +28,7 @@ use crate::convert::progress::Progress;
 use crate::convert::work::{About, DENSE_SUMS_FILE, Destination, Place, Progressed, Record};
 use crate::convert::workers::Workers;
 use crate::options::convert::{Bits, SynthArgs};
+use crate::say::tell;
 use noise::{Draw, Noise};
 
 /// Bytes of a dense matrix written at once.
@@ -51,7 +52,7 @@ fn make(args: &SynthArgs, config: &Value) -> Result<()> {
     let destination = match Destination::open(&args.dst, &record, Place::New)? {
         Progressed::Open(destination) => destination,
         Progressed::Complete => {
-            eprintln!("{}: already complete, nothing to do", args.dst.display());
+            tell!("{}: already complete, nothing to do", args.dst.display());
             return Ok(());
         }
     };
