@@ -6,7 +6,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
@@ -21,6 +21,9 @@ use crate::serve::metrics::Metrics;
 use crate::serve::model::Model;
 use crate::serve::prefix::PrefixStore;
 use crate::serve::schedule::{self, Finish, Origin, Refused, Schedule};
+
+/// How long the states of the model may take to be written when the chat ends.
+const SAVING: Duration = Duration::from_secs(60);
 
 /// The model and its thread.
 pub struct Local {
@@ -141,6 +144,7 @@ impl Local {
     }
 
     pub fn close(self) {
+        self.schedule.drain(Instant::now() + SAVING);
         self.schedule.stop();
         self.hot_set.iter().for_each(|file| file.save(&self.model.engine));
     }
