@@ -174,8 +174,11 @@ impl PrefixStore {
 
     /// Remembers an answer, for conversations that repeat it.
     pub fn record(&self, turn: Turn) {
-        self.disk.iter().for_each(|disk| disk.record(turn.clone()));
-        self.model.turns.record(turn);
+        // First, because a file that is written anew gets what is remembered.
+        self.model.turns.record(turn.clone());
+        if let Some(disk) = &self.disk {
+            disk.record(turn);
+        }
     }
 
     /// Writes what is worth it to disk, all but the points that a later one of their kind continues,

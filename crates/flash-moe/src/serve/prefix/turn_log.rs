@@ -51,7 +51,7 @@ impl TurnLog {
         log
     }
 
-    /// Adds answers; `all` are those that are remembered. What goes wrong is a warning, and the file is
+    /// Adds answers; `all` are those that are remembered, these among them. What goes wrong is a warning, and the file is
     /// written anew the next time.
     pub fn append(&mut self, turns: &[Turn], all: &Turns) {
         let file = self.file.take().filter(|_| self.grown < GROWTH_MAX);
