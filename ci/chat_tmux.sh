@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# A chat in tmux, as a person has it: typed, streamed, stopped, left, resumed, resized, at 40 columns, piped,
-# killed. Each screen is printed, and checked for what must be on it.
+# A chat in tmux, as a person has it: typed, streamed, stopped, left, resumed, resized, at 40 columns, suspended,
+# piped, killed. Each screen is printed, and checked for what must be on it.
 #   ci/chat_tmux.sh PROGRAM
 set -euo pipefail
 program=$(realpath "${1:?the program}")
@@ -107,13 +107,42 @@ done
 kill -0 "$chat" 2>/dev/null && { echo "FAIL: the chat goes on without a terminal"; kill -9 "$chat"; exit 1; }
 echo "== the terminal gone: ended"
 
-start 80 24 --plain
+# Ctrl-Z in a shell that has jobs: the terminal is the shell's, and the chat's again after fg.
+mux kill-server 2>/dev/null || true
+windows=$((windows + 1))
+socket=chat-$$-$windows
+mux new-session -d -s chat -x 80 -y 24 "env PS1='shell: ' bash --norc --noprofile -i"
+wait_for "shell:"
+type_line "${home[*]} $program chat ${flags[*]}"
+wait_for "/help says more"
+mux send-keys -t chat -l "before and"
+wait_for "> before and"
+mux send-keys -t chat C-z
+wait_for "Stopped"
+type_line "stty -a | grep -o -- '-\?icanon'"
+wait_for "icanon"
+screen | grep -qx "icanon" || fail "the terminal is raw while the chat is stopped"
+type_line "fg"
+mux send-keys -t chat -l " after"
+wait_for "> before and after"
+show "suspended and continued"
+mux send-keys -t chat C-u
+type_line "/quit"
+gone "> before and after"
+
+start 80 24 --plain -n 20
 wait_for ">"
 type_line "Hello there."
-wait_for "> "
+# The row behind what was typed begins with a letter, and the prompt follows.
+for _ in $(seq 300); do
+  screen | grep -A1 "^> Hello there\." | tail -1 | grep -q "^[A-Za-z]" && screen | grep -qx ">" && break
+  sleep 0.1
+done
+screen | grep -A1 "^> Hello there\." | tail -1 | grep -q "^[A-Za-z]" || fail "no answer"
 mux send-keys -t chat C-d
 wait_for "status 0"
 show "plain"
 piped=$(printf 'Hello\n/stats\n' | "${home[@]}" "$program" chat "${flags[@]}" -n 20 2>/dev/null)
-echo "$piped" | grep -q "^model " || { echo "FAIL: piped: $piped"; exit 1; }
+echo "$piped" | head -1 | grep -q "^[A-Za-z]" || { echo "FAIL: no answer: $piped"; exit 1; }
+echo "$piped" | grep -qE "^answer +[1-9]" || { echo "FAIL: piped: $piped"; exit 1; }
 echo "chat in tmux: ok"

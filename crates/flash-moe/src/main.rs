@@ -32,6 +32,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
+use chat::line::harmless_lines;
 use options::Command;
 
 fn main() -> ExitCode {
@@ -60,6 +61,7 @@ fn main() -> ExitCode {
 }
 
 /// The error and its causes in one line, without a cause that the message before it already ends in.
+/// A server, a file or a model may have chosen the words: the terminal does not obey them.
 fn with_causes(error: &anyhow::Error) -> String {
     let mut line = String::new();
     for cause in error.chain().map(ToString::to_string) {
@@ -69,7 +71,7 @@ fn with_causes(error: &anyhow::Error) -> String {
             line = format!("{line}: {cause}");
         }
     }
-    line
+    harmless_lines(&line)
 }
 
 /// Whether the reader of our output went away, as `head` does: that is its right, not our error.
@@ -87,6 +89,12 @@ mod tests {
     fn a_cause_is_told_once() {
         let error = anyhow!("no space left").context("a.bin: no space left").context("convert");
         assert_eq!(with_causes(&error), "convert: a.bin: no space left");
+    }
+
+    #[test]
+    fn the_words_of_an_error_are_not_obeyed() {
+        let error = anyhow!("\x1b]52;c;AAAA\x07").context("one\ntwo");
+        assert_eq!(with_causes(&error), "one\ntwo: \u{241b}]52;c;AAAA\u{2407}");
     }
 
     #[test]

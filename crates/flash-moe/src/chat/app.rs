@@ -19,7 +19,7 @@ use crossterm::event::{Event as Input, KeyEvent, KeyEventKind};
 
 use super::commands::{Command, Typed, completions, typed};
 use super::conversation::{Call, End, Message};
-use super::editor::{Edit, Editor};
+use super::editor::{Edit, Editor, TEXT_BYTES_MAX};
 use super::history::{History, Search};
 use super::keys::{Action, action};
 use super::line::{Color, Line, Style};
@@ -254,10 +254,11 @@ impl<W: Write> App<W> {
                     self.editor.set(text);
                 }
             }
-            Action::Search => {
+            Action::Search if matches!(self.mode, Mode::Typing) => {
                 let before = self.editor.text().to_string();
                 self.mode = Mode::Search { search: Search::default(), before };
             }
+            Action::Search => self.hint = Some("a command waits or runs: no search".into()),
             Action::Complete => self.complete(),
             Action::Leave if self.editor.is_empty() => self.leave(),
             Action::Leave => self.edit(Edit::Delete),
@@ -277,7 +278,14 @@ impl<W: Write> App<W> {
                 self.find(false);
             }
             Mode::Confirm { .. } => {}
-            _ => self.editor.apply(edit),
+            _ => match &edit {
+                Edit::Insert(text) if !self.editor.has_room(text) => {
+                    let (bytes, most) = (text.len(), TEXT_BYTES_MAX);
+                    self.hint =
+                        Some(format!("{bytes} bytes are too many: a text has {most} at most"));
+                }
+                _ => self.editor.apply(edit),
+            },
         }
     }
 
@@ -477,10 +485,10 @@ impl<W: Write> App<W> {
     }
 
     fn end_search(&mut self, keep: bool) {
-        if let Mode::Search { before, .. } = std::mem::replace(&mut self.mode, Mode::Typing)
-            && !keep
-        {
-            self.editor.set(&before);
+        match std::mem::replace(&mut self.mode, Mode::Typing) {
+            Mode::Search { before, .. } if !keep => self.editor.set(&before),
+            Mode::Search { .. } => {}
+            other => self.mode = other,
         }
     }
 

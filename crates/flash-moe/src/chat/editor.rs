@@ -78,6 +78,11 @@ impl Editor {
         self.text.is_empty()
     }
 
+    /// Whether so much more text is taken.
+    pub fn has_room(&self, text: &str) -> bool {
+        self.text.len() + text.len() <= TEXT_BYTES_MAX
+    }
+
     /// Puts a text in the place of this one, with the cursor at its end. Can be undone.
     pub fn set(&mut self, text: &str) {
         self.remember(false);
@@ -171,7 +176,7 @@ impl Editor {
 
     fn insert(&mut self, text: &str) {
         let text = clean(text);
-        if text.is_empty() || self.text.len() + text.len() > TEXT_BYTES_MAX {
+        if text.is_empty() || !self.has_room(&text) {
             return;
         }
         let is_typed = text.chars().count() == 1 && !text.starts_with(char::is_whitespace);

@@ -215,6 +215,11 @@ pub fn harmless(text: &str) -> String {
     out
 }
 
+/// The same of a text whose line breaks stay.
+pub fn harmless_lines(text: &str) -> String {
+    text.split('\n').map(harmless).collect::<Vec<_>>().join("\n")
+}
+
 /// Whether a character changes the direction of the text around it.
 fn turns(c: char) -> bool {
     matches!(c, '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{200e}' | '\u{200f}' | '\u{061c}')

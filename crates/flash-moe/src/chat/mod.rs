@@ -6,7 +6,7 @@
 //! on every way out.
 
 mod base64;
-mod line;
+pub mod line;
 mod private;
 
 mod conversation;
@@ -64,7 +64,6 @@ type Screen = App<BufWriter<Stdout>>;
 /// # Errors
 /// Whatever the flags, the model, the server or the terminal have to say.
 pub fn run(args: ChatArgs) -> Result<ExitCode> {
-    args.check()?;
     let data = ChatArgs::data_dir()?;
     let store = Store::new(data.join("sessions"));
     if args.session.sessions {
@@ -80,9 +79,9 @@ pub fn run(args: ChatArgs) -> Result<ExitCode> {
     let talk = Talk::open(args, store);
     spinner.finish_and_clear();
     let talk = talk?;
-    let (talk, code) = match draws {
-        true => (on_screen(talk, &data.join("history"))?, ExitCode::SUCCESS),
-        false => plain::run(talk, is_typed)?,
+    let (talk, worked) = match draws {
+        true => on_screen(talk, &data.join("history")),
+        false => plain::run(talk, is_typed),
     };
     if talk.session.is_on_disk() {
         let id = talk.session.id();
@@ -91,7 +90,7 @@ pub fn run(args: ChatArgs) -> Result<ExitCode> {
             .unwrap_or(());
     }
     talk.backend.close();
-    Ok(code)
+    worked
 }
 
 fn loading(args: &ChatArgs) -> ProgressBar {
@@ -105,11 +104,15 @@ fn loading(args: &ChatArgs) -> ProgressBar {
     spinner
 }
 
-fn on_screen(talk: Talk, history: &std::path::Path) -> Result<Talk> {
+/// Runs until the user leaves. The talk comes back whatever happened.
+fn on_screen(talk: Talk, history: &std::path::Path) -> (Talk, Result<ExitCode>) {
     terminal::restore_on_panic();
-    let ending = Ending::listen()?;
+    let (ending, terminal) = match (Ending::listen(), Terminal::take()) {
+        (Ok(ending), Ok(terminal)) => (ending, terminal),
+        (Err(error), _) | (_, Err(error)) => return (talk, Err(error)),
+    };
+    let mut terminal = Some(terminal);
     let notes = log::listen();
-    let mut terminal = Some(Terminal::take()?);
     let out = BufWriter::with_capacity(1 << 16, io::stdout());
     let surface = Surface::new(out, Terminal::size(), environment::may_color());
     let mut app = App::new(talk, surface, History::open(Some(history.into())));
@@ -118,11 +121,9 @@ fn on_screen(talk: Talk, history: &std::path::Path) -> Result<Talk> {
     drop(terminal);
     let mut talk = app.into_talk();
     talk.settle(SETTLE);
-    match ending.is_asked() {
-        // Nobody may be there to see the last rows.
-        true => Ok(talk),
-        false => worked.and(finished).map(|()| talk),
-    }
+    // Where the system asked for the end nobody may be there to see the last rows.
+    let worked = if ending.is_asked() { Ok(()) } else { worked.and(finished) };
+    (talk, worked.map(|()| ExitCode::SUCCESS))
 }
 
 /// Inputs and events, until the user leaves.

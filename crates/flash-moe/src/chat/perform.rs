@@ -11,7 +11,7 @@ use flash_moe_engine::chat_template::clock::strftime;
 use flash_moe_engine::sampler::Sampling;
 use serde_json::json;
 
-use super::backend::Settings;
+use super::backend::{Backend, Settings};
 use super::commands::{COMMANDS, Command, SETTINGS, Think};
 use super::conversation::Arguments;
 use super::private;
@@ -70,19 +70,10 @@ fn say(line: impl Into<String>) -> Result<Effect> {
 /// # Errors
 /// It cannot be done; the words say why and what to do.
 pub fn perform(talk: &mut Talk, command: Command) -> Result<Effect> {
-    let needs_rest = matches!(
-        command,
-        Command::New
-            | Command::Resume(_)
-            | Command::Undo
-            | Command::Retry
-            | Command::Model(Some(_))
-    );
-    ensure!(!needs_rest || !talk.is_answering(), "an answer is coming; Ctrl-C stops it");
     match command {
         Command::Help => Ok(Effect::Explain(help())),
         Command::New => {
-            talk.start_anew();
+            talk.start_anew()?;
             say("a new conversation; /resume goes back")
         }
         Command::Sessions => Ok(Effect::Say(listed(&talk.store.list()?))),
@@ -96,6 +87,10 @@ pub fn perform(talk: &mut Talk, command: Command) -> Result<Effect> {
         Command::Model(name) => model(talk, name),
         Command::Set(None) => Ok(Effect::Say(settings(&talk.settings))),
         Command::Set(Some((name, value))) => {
+            ensure!(
+                name != "think_budget" || !matches!(talk.backend, Backend::Remote(_)),
+                "think_budget is about a model in this process; servers have no such setting"
+            );
             talk.settings = set(&talk.settings, &name, &value)?;
             say(format!("{name} is {value}"))
         }
@@ -133,12 +128,16 @@ fn model(talk: &mut Talk, name: Option<String>) -> Result<Effect> {
         let lines = [talk.backend.model()].into_iter().chain(place.lines());
         return Ok(Effect::Say(lines.map(String::from).collect()));
     };
+    talk.at_rest()?;
     talk.backend.switch(&mut talk.args, &name)?;
-    if talk.tools.are_on() {
-        talk.backend.check_tools()?;
-    }
     talk.backend.recall(&talk.conversation);
-    say(format!("{} answers from here on", talk.backend.model()))
+    let mut lines = vec![format!("{} answers from here on", talk.backend.model())];
+    if talk.tools.are_on()
+        && let Err(error) = talk.backend.check_tools()
+    {
+        lines.push(format!("without tools: {error:#}"));
+    }
+    Ok(Effect::Say(lines))
 }
 
 fn think(talk: &mut Talk, wanted: Option<Think>) -> Result<Effect> {
@@ -175,6 +174,9 @@ pub fn listed(sessions: &[Summary]) -> Vec<String> {
         return vec!["there are no sessions yet".into()];
     }
     let line = |session: &Summary| {
+        if let Some(damage) = &session.damage {
+            return format!("{}  cannot be read: {damage}", session.id);
+        }
         let when = strftime("%Y-%m-%d %H:%M", session.changed);
         let when = when.unwrap_or_else(|_| String::new());
         let (id, title) = (&session.id, &session.title);

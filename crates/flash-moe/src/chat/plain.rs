@@ -9,12 +9,12 @@ use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 
 use super::app::ended;
 use super::commands::{Typed, typed};
 use super::conversation::Message;
-use super::line::harmless;
+use super::line::{harmless, harmless_lines as lines};
 use super::perform::{Effect, perform};
 use super::talk::{Heard, Talk};
 use super::tools::declined;
@@ -34,23 +34,25 @@ struct Plain {
 #[derive(Clone, Default)]
 struct Stop(Arc<Mutex<Option<Arc<AtomicBool>>>>);
 
-/// Runs until the input ends.
+/// Runs until the input ends. The talk comes back whatever happened.
 ///
 /// # Errors
 /// Standard input or output fails.
-pub fn run(talk: Talk, is_typed: bool) -> Result<(Talk, ExitCode)> {
-    let stop = Stop::default();
-    stop.listen()?;
+pub fn run(talk: Talk, is_typed: bool) -> (Talk, Result<ExitCode>) {
     let shows_thinking = talk.args.answer.show_think;
+    let stop = Stop::default();
     let mut plain = Plain { talk, shows_thinking, is_typed, stop, failed: false };
-    plain.notes();
-    let worked = plain.read();
+    let worked = plain.stop.listen().and_then(|()| {
+        plain.notes();
+        plain.decline_calls();
+        plain.read()
+    });
     let code = if plain.failed { ExitCode::FAILURE } else { ExitCode::SUCCESS };
-    worked.map(|()| (plain.talk, code))
+    (plain.talk, worked.map(|()| code))
 }
 
 impl Stop {
-    /// Ctrl-C stops the answer that is coming, and ends the program where there is none.
+    /// Ctrl-C stops the answer or the call that is under way, and ends the program where there is none.
     fn listen(&self) -> Result<()> {
         let own = self.clone();
         ctrlc::set_handler(move || match &*own.lock() {
@@ -75,6 +77,11 @@ impl Plain {
         loop {
             self.prompt(if text.is_empty() { "> " } else { ". " });
             let Some(line) = next_line()? else { break };
+            let Ok(line) = String::from_utf8(line) else {
+                text.clear();
+                self.fail("standard input: a message that is not UTF-8 text is left out");
+                continue;
+            };
             match line.strip_suffix('\\') {
                 Some(more) => text += &format!("{more}\n"),
                 None => {
@@ -90,7 +97,7 @@ impl Plain {
 
     fn prompt(&self, text: &str) {
         if self.is_typed {
-            eprint!("{text}");
+            ask(text);
         }
     }
 
@@ -131,6 +138,7 @@ impl Plain {
                 Ok(())
             }
             Effect::Replay => {
+                self.decline_calls();
                 let said = self.talk.conversation.messages.len();
                 print(&format!("{}: {said} messages\n", self.talk.session.id()))
             }
@@ -160,7 +168,7 @@ impl Plain {
                 };
                 self.talk.add_result(&call.id, &result);
             }
-            if let Err(error) = self.talk.ask() {
+            if let Err(error) = self.talk.go_on() {
                 self.fail(&format!("{error:#}"));
                 return Ok(());
             }
@@ -219,16 +227,26 @@ impl Plain {
         let directory = self.talk.tools.directory.display();
         tell!("the model wants to run, in {directory}:\n  $ {}", shown.join("\n    "));
         if !self.talk.tools.is_allowed(command) {
-            eprint!("run it? [y/n/a] ");
-            match next_line()?.unwrap_or_else(String::new).trim() {
-                "y" => {}
-                "a" => self.talk.tools.allow(command),
+            ask("run it? [y/n/a] ");
+            match next_line()?.unwrap_or_else(Vec::new).trim_ascii() {
+                b"y" => {}
+                b"a" => self.talk.tools.allow(command),
                 _ => return Ok(declined()),
             }
         }
-        let result = self.talk.tools.start(command).outcome().result();
+        let running = self.talk.tools.start(command);
+        self.stop.set(Some(running.stopper()));
+        let result = running.outcome().result();
+        self.stop.set(None);
         tell!("{}", lines(&result));
         Ok(result)
+    }
+
+    /// Without a screen nobody is asked about what an earlier run left open.
+    fn decline_calls(&mut self) {
+        if self.talk.decline_calls() {
+            tell!("flash-moe: note: what the model wanted to run last is not run");
+        }
     }
 
     fn notes(&mut self) {
@@ -244,19 +262,20 @@ impl Plain {
 }
 
 /// The next line of standard input without its end; `None` when there is none.
-fn next_line() -> Result<Option<String>> {
+fn next_line() -> Result<Option<Vec<u8>>> {
     let mut bytes = Vec::new();
     let read = io::stdin().lock().read_until(b'\n', &mut bytes).context("standard input")?;
     if read == 0 {
         return Ok(None);
     }
-    let Ok(text) = String::from_utf8(bytes) else { bail!("standard input: not UTF-8 text") };
-    Ok(Some(text.trim_end_matches(['\n', '\r']).into()))
+    while bytes.pop_if(|last| matches!(last, b'\n' | b'\r')).is_some() {}
+    Ok(Some(bytes))
 }
 
-/// A text whose lines stay lines and whose other control characters are shown.
-fn lines(text: &str) -> String {
-    text.split('\n').map(harmless).collect::<Vec<_>>().join("\n")
+/// Text on standard error that the answer is typed behind. Where it is not seen the question is not, but
+/// the answer is read all the same.
+fn ask(text: &str) {
+    write!(io::stderr(), "{text}").unwrap_or(());
 }
 
 fn print(text: &str) -> Result<()> {

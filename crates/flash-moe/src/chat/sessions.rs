@@ -1,12 +1,13 @@
 //! Conversations on disk: one file of JSON lines each, written as things happen.
 //!
 //! A line is appended by one write when it is known, a question as it is asked, so a process
-//! that is killed loses at most the answer that was coming. A last line that is cut off is dropped;
-//! any other line that does not read is an error that names it. A session is open in one process at a
-//! time. Refuses to guess which session is meant.
+//! that is killed loses at most the answer that was coming. Lines that a full disk did not take are
+//! written with the next one. A last line that is cut off is dropped; any other line that does not read
+//! is an error that names it. A session is open in one process at a time. Refuses to guess which
+//! session is meant.
 
 use std::fs::{self, File, TryLockError};
-use std::io::{self, Seek, SeekFrom, Write};
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
@@ -51,6 +52,8 @@ pub struct Summary {
     pub model: String,
     pub messages: usize,
     pub changed: SystemTime,
+    /// Why it cannot be read, where that is so.
+    pub damage: Option<String>,
 }
 
 /// A session that is read.
@@ -72,6 +75,8 @@ pub struct SessionFile {
     path: PathBuf,
     model: String,
     file: Option<File>,
+    whole: u64,   // bytes of lines that are on disk
+    held: String, // lines that are not
 }
 
 impl Store {
@@ -85,30 +90,33 @@ impl Store {
         let now = strftime("%Y%m%d-%H%M%S", SystemTime::now());
         let now = now.unwrap_or_else(|_| "session".into());
         let id = format!("{now}-{:04x}", random());
-        SessionFile { path: self.path(&id), id, model: model.into(), file: None }
+        let (path, model) = (self.path(&id), model.into());
+        SessionFile { path, id, model, file: None, whole: 0, held: String::new() }
     }
 
     /// Opens the session that `wanted` names: its id, the beginning of one, its name, or nothing
-    /// for the latest.
+    /// for the latest. `own` is the id of the session that is open here and cannot be meant; empty
+    /// where there is none.
     ///
     /// # Errors
-    /// There is none, or more than one; it is open elsewhere; it is damaged.
-    pub fn open(&self, wanted: &str) -> Result<(SessionFile, Loaded)> {
-        let id = self.find(wanted)?;
+    /// There is none, or more than one; it is open elsewhere, or here; it is damaged.
+    pub fn open(&self, wanted: &str, own: &str) -> Result<(SessionFile, Loaded)> {
+        let id = self.find(wanted, own)?;
+        ensure!(id != own, "session {id} is this conversation");
         let path = self.path(&id);
         let named = || path.display().to_string();
-        let mut file = private::open(&path).with_context(named)?;
+        let file = private::open(&path).with_context(named)?;
         lock(&file, &id)?;
         let loaded = load(&path)?;
         if loaded.was_cut_off {
             file.set_len(loaded.whole).with_context(named)?;
         }
-        file.seek(SeekFrom::End(0)).with_context(named)?;
-        let model = loaded.model.clone();
-        Ok((SessionFile { id, path, model, file: Some(file) }, loaded))
+        let (model, whole) = (loaded.model.clone(), loaded.whole);
+        let file = Some(file);
+        Ok((SessionFile { id, path, model, file, whole, held: String::new() }, loaded))
     }
 
-    /// All sessions, the latest first. One that does not read is left out.
+    /// All sessions, the latest first. One that does not read says why.
     ///
     /// # Errors
     /// The directory cannot be listed.
@@ -124,15 +132,17 @@ impl Store {
         Ok(all)
     }
 
-    fn find(&self, wanted: &str) -> Result<String> {
+    fn find(&self, wanted: &str, own: &str) -> Result<String> {
         let all = self.list()?;
-        let Some(latest) = all.first() else {
-            bail!("there are no sessions in {}", self.dir.display());
-        };
+        let is_readable = |s: &&Summary| s.damage.is_none();
         if wanted.is_empty() {
-            return Ok(latest.id.clone());
+            let latest = all.iter().filter(is_readable).find(|s| s.id != own);
+            let others = if own.is_empty() { "" } else { "other " };
+            return latest.map(|s| s.id.clone()).with_context(|| {
+                format!("there are no {others}sessions in {}", self.dir.display())
+            });
         }
-        let is_exact = |s: &&Summary| s.id == wanted || s.title == wanted;
+        let is_exact = |s: &&Summary| s.id == wanted || (is_readable(s) && s.title == wanted);
         if let Some(exact) = all.iter().find(is_exact) {
             return Ok(exact.id.clone());
         }
@@ -159,26 +169,59 @@ impl SessionFile {
 
     /// Whether anything has been written.
     pub fn is_on_disk(&self) -> bool {
-        self.file.is_some()
+        self.whole > 0
+    }
+
+    /// Whether there is anything that is written, or would be if the disk took it.
+    pub fn has_begun(&self) -> bool {
+        self.is_on_disk() || !self.held.is_empty()
     }
 
     /// Writes a line; makes the file where there is none.
     ///
     /// # Errors
-    /// The place cannot be written; the session is open elsewhere.
+    /// The place cannot be written, and the line is held for the next call; the session is open
+    /// elsewhere.
     pub fn append(&mut self, record: &Record) -> Result<()> {
-        let named = || self.path.display().to_string();
-        let mut lines = String::new();
-        if self.file.is_none() {
-            let file = private::open(&self.path).with_context(named)?;
-            lock(&file, &self.id)?;
+        let was_refused = !self.held.is_empty();
+        if !self.has_begun() {
             let (id, model) = (self.id.clone(), self.model.clone());
-            lines += &line(&Record::Session { version: VERSION, id, model })?;
+            self.held += &line(&Record::Session { version: VERSION, id, model })?;
+        }
+        self.held += &line(record)?;
+        self.write(was_refused).with_context(|| self.path.display().to_string())
+    }
+
+    /// Writes the lines that are held, after what of them is there from an attempt that failed.
+    fn write(&mut self, was_refused: bool) -> Result<()> {
+        if self.file.is_none() {
+            let file = private::open(&self.path)?;
+            lock(&file, &self.id)?;
             self.file = Some(file);
         }
-        lines += &line(record)?;
         let Some(file) = &mut self.file else { return Ok(()) };
-        file.write_all(lines.as_bytes()).with_context(named)
+        if was_refused {
+            file.set_len(self.whole)?;
+        }
+        let written = file.write_all(self.held.as_bytes());
+        match &written {
+            Ok(()) => {
+                self.whole += self.held.len() as u64;
+                self.held.clear();
+            }
+            // Half a line would spoil the next one; the next call tries again where this fails.
+            Err(_) => file.set_len(self.whole).unwrap_or(()),
+        }
+        Ok(written?)
+    }
+}
+
+impl Drop for SessionFile {
+    fn drop(&mut self) {
+        // A file that the disk took nothing of is no session.
+        if self.file.is_some() && self.whole == 0 {
+            fs::remove_file(&self.path).unwrap_or(());
+        }
     }
 }
 
@@ -195,10 +238,14 @@ fn lock(file: &File, id: &str) -> Result<()> {
 }
 
 fn summary(path: &Path) -> Option<Summary> {
-    let loaded = load(path).ok()?;
     let changed = fs::metadata(path).and_then(|data| data.modified()).ok()?;
+    let (loaded, damage) = match load(path) {
+        Ok(loaded) => (loaded, None),
+        Err(error) => (Loaded::default(), Some(format!("{error:#}"))),
+    };
     Some(Summary {
         id: path.file_stem()?.to_str()?.into(),
+        damage,
         title: loaded.name.unwrap_or_else(|| loaded.conversation.title()),
         model: loaded.model,
         messages: loaded.conversation.messages.len(),
@@ -290,12 +337,12 @@ mod tests {
         session.append(&Record::System { text: Some("s".into()) }).unwrap();
         session.append(&Record::Name { name: "a name".into() }).unwrap();
         drop(session);
-        let (_, loaded) = store.open(&id[..10]).unwrap();
+        let (_, loaded) = store.open(&id[..10], "").unwrap();
         assert_eq!(contents(&loaded), ["one", "< two"]);
         assert_eq!(loaded.conversation.system.as_deref(), Some("s"));
         let listed = store.list().unwrap();
         assert_eq!((listed[0].title.as_str(), listed[0].messages), ("a name", 2));
-        assert_eq!(store.find("a name").unwrap(), id);
+        assert_eq!(store.find("a name", "").unwrap(), id);
     }
 
     #[test]
@@ -308,12 +355,12 @@ mod tests {
         let whole = fs::read(&path).unwrap();
         for cut in [&b"{\"kind\":\"mess"[..], b"{", b"\xff"] {
             fs::write(&path, [&whole[..], cut].concat()).unwrap();
-            let (mut session, loaded) = store.open("").unwrap();
+            let (mut session, loaded) = store.open("", "").unwrap();
             assert!(loaded.was_cut_off);
             assert_eq!(contents(&loaded), ["one"]);
             session.append(&said("two")).unwrap();
             drop(session);
-            let (_, again) = store.open("").unwrap();
+            let (_, again) = store.open("", "").unwrap();
             assert_eq!(
                 (contents(&again), again.was_cut_off),
                 (vec!["one".into(), "two".into()], false)
@@ -328,33 +375,82 @@ mod tests {
         session.append(&said("one")).unwrap();
         let text =
             fs::read_to_string(&session.path).unwrap() + "rubbish\n" + &line(&said("x")).unwrap();
-        fs::write(&session.path, text).unwrap();
-        let error = format!("{:#}", load(&session.path).unwrap_err());
-        assert!(error.contains("line 3"), "{error}");
-        fs::write(&session.path, "{\"kind\":\"cut\",\"messages\":0}\n").unwrap();
-        let error = format!("{:#}", load(&session.path).unwrap_err());
-        assert!(error.contains("is no session"), "{error}");
-        fs::write(
-            &session.path,
-            "{\"kind\":\"session\",\"version\":9,\"id\":\"\",\"model\":\"\"}\n",
-        )
-        .unwrap();
-        let error = format!("{:#}", load(&session.path).unwrap_err());
-        assert!(error.contains("version 9"), "{error}");
+        let (id, path) = (session.id().to_string(), session.path.clone());
+        drop(session);
+        for (text, why) in [
+            (text.as_str(), "line 3"),
+            ("{\"kind\":\"cut\",\"messages\":0}\n", "is no session"),
+            ("{\"kind\":\"session\",\"version\":9,\"id\":\"\",\"model\":\"\"}\n", "version 9"),
+        ] {
+            fs::write(&path, text).unwrap();
+            for wanted in [id.as_str(), &id[..12]] {
+                let error = format!("{:#}", store.open(wanted, "").unwrap_err());
+                assert!(error.contains(why) && error.contains(&id), "{error}");
+            }
+            let listed = store.list().unwrap();
+            assert!(listed[0].damage.as_ref().is_some_and(|damage| damage.contains(why)));
+            assert!(store.open("", "").unwrap_err().to_string().contains("no sessions"));
+        }
+    }
+
+    #[test]
+    fn a_disk_that_was_full_loses_nothing() {
+        let (_dir, store) = store();
+        for lines_before in [0, 1] {
+            let mut session = store.create("tiny");
+            let (id, path) = (session.id().to_string(), session.path.clone());
+            for _ in 0..lines_before {
+                session.append(&said("one")).unwrap();
+            }
+            private::open(&path).unwrap();
+            let writable = session.file.replace(File::open(&path).unwrap());
+            let refused = if lines_before == 0 { "one" } else { "two" };
+            session.append(&said(refused)).unwrap_err();
+            assert_eq!(session.is_on_disk(), lines_before == 1);
+            // As a short write leaves it.
+            private::append(&path, b"{\"kind\":\"mess").unwrap();
+            session.file = writable;
+            session.append(&said("three")).unwrap();
+            session.append(&said("four")).unwrap();
+            drop(session);
+            let (_, loaded) = store.open(&id, "").unwrap();
+            let expected = ["one", "two", "three", "four"];
+            let expected = expected.iter().filter(|&&text| lines_before == 1 || text != "two");
+            assert!(contents(&loaded).iter().eq(expected), "{loaded:?}");
+            assert!(!loaded.was_cut_off);
+        }
+    }
+
+    #[test]
+    fn nothing_is_left_of_a_session_that_the_disk_never_took() {
+        let (_dir, store) = store();
+        let mut session = store.create("tiny");
+        let path = session.path.clone();
+        private::open(&path).unwrap();
+        session.file = Some(File::open(&path).unwrap());
+        session.append(&said("one")).unwrap_err();
+        drop(session);
+        assert!(!path.exists());
     }
 
     #[test]
     fn a_session_is_open_once_and_must_be_meant_clearly() {
         let (_dir, store) = store();
-        assert!(store.open("").unwrap_err().to_string().contains("no sessions"));
+        assert!(store.open("", "").unwrap_err().to_string().contains("no sessions"));
         let mut session = store.create("tiny");
         session.append(&said("one")).unwrap();
-        let error = store.open(session.id()).err().unwrap().to_string();
+        let error = store.open(session.id(), "").err().unwrap().to_string();
         assert!(error.contains("open in another chat"), "{error}");
+        let error = store.open("", session.id()).err().unwrap().to_string();
+        assert!(error.contains("no other sessions"), "{error}");
+        let error = store.open(session.id(), session.id()).err().unwrap().to_string();
+        assert!(error.contains("is this conversation"), "{error}");
         let mut other = store.create("tiny");
         other.append(&said("two")).unwrap();
-        assert!(store.find("2").unwrap_err().to_string().contains("2 sessions"));
-        assert!(store.find("zzz").unwrap_err().to_string().contains("no session is called"));
+        assert!(store.find("2", "").unwrap_err().to_string().contains("2 sessions"));
+        assert!(store.find("zzz", "").unwrap_err().to_string().contains("no session is called"));
+        let latest = store.find("", other.id()).unwrap();
+        assert_eq!(latest, session.id(), "the conversation that is open here is not resumed");
     }
 
     #[cfg(unix)]

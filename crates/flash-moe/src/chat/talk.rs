@@ -14,9 +14,13 @@ use flash_moe_engine::reply::Part;
 use super::backend::{Answering, Backend, Done, Event, Gauges, Question, Settings};
 use super::conversation::{Answer, Call, Conversation, End, Message, fence_for};
 use super::sessions::{Loaded, Record, SessionFile, Store};
-use super::tools::Tools;
+use super::tools::{Tools, declined};
 use crate::options::chat::ChatArgs;
 
+/// Calls of one answer; a model that makes more has lost its way.
+const CALLS_MAX: usize = 32;
+/// Answers in a row that called nothing but tools that are not there.
+const REFUSED_ANSWERS_MAX: usize = 8;
 /// Largest file that `/read` takes, in bytes.
 const READ_BYTES_MAX: u64 = 256 << 10;
 
@@ -48,6 +52,7 @@ pub struct Pending {
     pub first: Option<Instant>,
     begins: Option<Call>, // a call that is not whole
     pub before: Option<Gauges>,
+    replaced: Vec<Message>, // what this answer takes the place of, once it is kept
 }
 
 /// How far the prompt is.
@@ -94,7 +99,8 @@ impl Talk {
     /// What the backend, the tools or the session have to say.
     pub fn open(args: ChatArgs, store: Store) -> Result<Self> {
         // What can be refused is refused before a model is loaded.
-        let resumed = args.session.resume.as_ref().map(|wanted| store.open(wanted)).transpose()?;
+        let resumed =
+            args.session.resume.as_ref().map(|wanted| store.open(wanted, "")).transpose()?;
         let tools = Tools::new(&args.tools)?;
         let backend = Backend::open(&args)?;
         if tools.are_on() {
@@ -123,7 +129,7 @@ impl Talk {
         };
         match resumed {
             Some((session, loaded)) => talk.adopt(session, loaded),
-            None => talk.start_anew(),
+            None => talk.start_anew()?,
         }
         if let Some(system) = talk.args.session.system.clone() {
             talk.set_system(Some(system));
@@ -141,6 +147,17 @@ impl Talk {
         self.pending.is_some()
     }
 
+    /// Whether nothing is under way: no answer, and no call that has no result.
+    ///
+    /// # Errors
+    /// Says what is, and what ends it.
+    pub fn at_rest(&self) -> Result<()> {
+        ensure!(!self.is_answering(), "an answer is coming; Ctrl-C stops it");
+        let open = self.conversation.open_calls();
+        ensure!(open.is_empty(), "a command waits or runs; Ctrl-C ends it");
+        Ok(())
+    }
+
     /// What the user should know, once.
     pub fn take_notes(&mut self) -> Vec<String> {
         std::mem::take(&mut self.notes)
@@ -156,6 +173,7 @@ impl Talk {
     /// # Errors
     /// The message cannot be asked; it is taken back, and the files go with the next one.
     pub fn say(&mut self, text: &str) -> Result<()> {
+        self.at_rest()?;
         let content = self.with_files(text);
         let message = Message::User { content };
         self.conversation.messages.push(message.clone());
@@ -180,13 +198,50 @@ impl Talk {
         self.record(Record::Message { message });
     }
 
+    /// Answers the calls that are open for a user who wants none of them; says whether there were any.
+    pub fn decline_calls(&mut self) -> bool {
+        let open = self.conversation.open_calls();
+        open.iter().for_each(|call| self.add_result(&call.id, &declined()));
+        !open.is_empty()
+    }
+
+    /// Asks for the answer to the results of tools.
+    ///
+    /// # Errors
+    /// It cannot be asked for; the answers before called nothing but tools that are not there.
+    pub fn go_on(&mut self) -> Result<()> {
+        ensure!(
+            self.refused_answers() < REFUSED_ANSWERS_MAX,
+            "the model keeps calling tools that are not there; say something, or /retry lets it go on"
+        );
+        self.ask()
+    }
+
+    /// Answers since the last question, counted from the end, all of whose calls were refused.
+    fn refused_answers(&self) -> usize {
+        let is_refused = |call: &Call| self.tools.command(call).is_err();
+        let mut count = 0;
+        for message in self.conversation.messages.iter().rev() {
+            match message {
+                Message::Tool { .. } => {}
+                Message::Assistant(answer) if answer.calls.iter().all(is_refused) => count += 1,
+                _ => break,
+            }
+        }
+        count
+    }
+
     /// Asks for the next answer.
     ///
     /// # Errors
     /// It cannot be asked for.
     pub fn ask(&mut self) -> Result<()> {
-        ensure!(self.pending.is_none(), "an answer is coming; Ctrl-C stops it");
-        let tools = self.tools.described();
+        ensure!(!self.is_answering(), "an answer is coming; Ctrl-C stops it");
+        // A model that cannot call tools is offered none.
+        let tools = match self.backend.check_tools() {
+            Ok(()) => self.tools.described(),
+            Err(_) => Vec::new(),
+        };
         let (conversation, settings) = (&self.conversation, &self.settings);
         let question = Question { conversation, tools: &tools, settings };
         let answering = self.backend.ask(&question)?;
@@ -201,25 +256,30 @@ impl Talk {
             first: None,
             begins: None,
             before: self.backend.gauges(),
+            replaced: Vec::new(),
         });
         Ok(())
     }
 
-    /// Asks for the last question's answer once more; what was answered is taken back.
+    /// Asks for the last question's answer once more; what was answered is taken back when there is
+    /// another answer. Results of tools that have no answer yet are answered, not asked for again.
     ///
     /// # Errors
     /// There is no question.
     pub fn retry(&mut self) -> Result<()> {
-        ensure!(self.pending.is_none(), "an answer is coming; Ctrl-C stops it");
+        self.at_rest()?;
         let question = self.conversation.before_last_question();
         let question = question.context("there is no question yet")?;
-        let kept = self.conversation.messages.split_off(question + 1);
-        if let Err(error) = self.ask() {
-            self.conversation.messages.extend(kept);
-            return Err(error);
+        if matches!(self.conversation.messages.last(), Some(Message::Tool { .. })) {
+            return self.ask();
         }
-        if !kept.is_empty() {
-            self.record(Record::Cut { messages: question + 1 });
+        let replaced = self.conversation.messages.split_off(question + 1);
+        match (self.ask(), &mut self.pending) {
+            (Ok(()), Some(pending)) => pending.replaced = replaced,
+            (failed, _) => {
+                self.conversation.messages.extend(replaced);
+                return failed;
+            }
         }
         Ok(())
     }
@@ -229,7 +289,7 @@ impl Talk {
     /// # Errors
     /// There is no question, or its answer is coming.
     pub fn undo(&mut self) -> Result<String> {
-        ensure!(self.pending.is_none(), "an answer is coming; Ctrl-C stops it");
+        self.at_rest()?;
         let at = self.conversation.before_last_question().context("there is nothing to undo")?;
         let text = self.conversation.last_question().unwrap_or("").to_string();
         self.conversation.messages.truncate(at);
@@ -287,13 +347,24 @@ impl Talk {
                 pending.first.get_or_insert_with(Instant::now);
                 let id = format!("call_{}", self.conversation.messages.len());
                 parts.into_iter().for_each(|part| pending.part(part, &id, heard));
+                if pending.answer.calls.len() > CALLS_MAX {
+                    self.fail(
+                        &format!("the model makes more than {CALLS_MAX} calls at once"),
+                        heard,
+                    );
+                }
             }
             Event::Done(done) => self.end(*done, heard),
-            Event::Failed(why) => {
-                self.pending = None;
-                heard.push(Heard::Failed(format!("{why}; /retry asks again")));
-            }
+            Event::Failed(why) => self.fail(&why, heard),
         }
+    }
+
+    /// Gives the answer up; what it was to take the place of stays.
+    fn fail(&mut self, why: &str, heard: &mut Vec<Heard>) {
+        let Some(pending) = self.pending.take() else { return };
+        let stays = if pending.replaced.is_empty() { "" } else { "; the answer before stays" };
+        self.conversation.messages.extend(pending.replaced);
+        heard.push(Heard::Failed(format!("{why}{stays}; /retry asks again")));
     }
 
     /// Writes the answer down.
@@ -320,7 +391,12 @@ impl Talk {
         let end = answer.end;
         let calls = answer.calls.clone();
         let is_empty = answer.content.is_empty() && answer.thinking.is_empty() && calls.is_empty();
-        if !is_empty || end == End::Stop {
+        if is_empty && end != End::Stop {
+            self.conversation.messages.extend(pending.replaced);
+        } else {
+            if !pending.replaced.is_empty() {
+                self.record(Record::Cut { messages: self.conversation.messages.len() });
+            }
             let message = Message::Assistant(answer);
             self.conversation.messages.push(message.clone());
             self.record(Record::Message { message });
@@ -336,25 +412,31 @@ impl Talk {
         }
         self.conversation.system.clone_from(&system);
         // A conversation that nothing was said in is not worth a file.
-        if self.session.is_on_disk() {
+        if self.session.has_begun() {
             self.record(Record::System { text: system });
         }
     }
 
     /// Begins a conversation with nothing in it but the system prompt.
-    pub fn start_anew(&mut self) {
+    ///
+    /// # Errors
+    /// Something is under way.
+    pub fn start_anew(&mut self) -> Result<()> {
+        self.at_rest()?;
         self.session = self.store.create(self.backend.model());
         self.conversation.messages.clear();
         self.files.clear();
         self.last = None;
+        Ok(())
     }
 
-    /// Goes on with an earlier conversation.
+    /// Goes on with an earlier conversation; without a name the latest but this one.
     ///
     /// # Errors
-    /// See [`Store::open`].
+    /// Something is under way. See [`Store::open`].
     pub fn resume(&mut self, wanted: &str) -> Result<()> {
-        let (session, loaded) = self.store.open(wanted)?;
+        self.at_rest()?;
+        let (session, loaded) = self.store.open(wanted, self.session.id())?;
         self.adopt(session, loaded);
         Ok(())
     }
@@ -379,7 +461,7 @@ impl Talk {
     /// # Errors
     /// Nothing was said yet; the file cannot be written.
     pub fn name(&mut self, name: &str) -> Result<()> {
-        ensure!(self.session.is_on_disk(), "nothing was said yet that could be kept");
+        ensure!(self.session.has_begun(), "nothing was said yet that could be kept");
         self.session.append(&Record::Name { name: name.into() })
     }
 
@@ -413,7 +495,7 @@ impl Talk {
 
     /// Writes a line of the session. Where that fails the user is told once, and the talk goes on.
     fn record(&mut self, record: Record) {
-        let is_first = !self.session.is_on_disk();
+        let is_first = !self.session.has_begun();
         let system = self.conversation.system.clone().filter(|_| is_first);
         let system = system.map(|text| Record::System { text: Some(text) });
         for record in system.into_iter().chain([record]) {

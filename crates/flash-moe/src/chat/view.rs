@@ -165,7 +165,8 @@ fn reading(done: usize, from: usize, all: usize, time: Duration, columns: usize)
     if room < 4 {
         return text;
     }
-    let full = room * done / all.max(1);
+    // A server may say any numbers.
+    let full = (room as f64 * (done as f64 / all as f64)) as usize;
     format!("{}{} {text}", "\u{2501}".repeat(full), "\u{2508}".repeat(room - full))
 }
 
@@ -338,6 +339,13 @@ mod tests {
         // What was known from before does not count as speed.
         assert!(text(&busy(7_000, 6_000), 90).contains("100.0 tok/s, 1:10 left"));
         assert_eq!(text(&busy(6_000, 6_000), 90), "\u{287f} reading 8,000 tokens, 6,000 known");
+        let large = Busy::Reading {
+            done: usize::MAX / 2,
+            from: 0,
+            all: usize::MAX,
+            time: Duration::from_secs(1),
+        };
+        assert_eq!(text(&large, 200).matches('\u{2501}').count(), 12, "half of 24");
         let narrow = text(&busy(7_000, 0), 40);
         assert!(width(&narrow) < 40 && narrow.contains("7,000/14,000, 0:10 left"), "{narrow}");
     }

@@ -6,8 +6,8 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
-use clap::Args;
+use anyhow::{Context, Result};
+use clap::{Arg, Args};
 
 use super::engine::{EngineArgs, HotSetArgs, at_least_one};
 use super::run::SamplingArgs;
@@ -29,13 +29,44 @@ Enter sends, Alt-Enter or a backslash at the end starts a new line, Ctrl-C stops
 leaves when pressed twice, Ctrl-D leaves, /help lists the commands. docs/chat.md has all of it.
 Exit status: 0, or 1 on an error, 2 on a wrong flag.";
 
+/// Flags about a model in this process, by their names in the parser.
+const LOCAL: [&str; 21] = [
+    "memory",
+    "threads",
+    "isa",
+    "exact",
+    "fast",
+    "io",
+    "readers",
+    "reader",
+    "kv_cache",
+    "kv_sink",
+    "kv_recent",
+    "prefill_chunk",
+    "yarn",
+    "lookahead",
+    "experts_per_token",
+    "hot_set",
+    "context",
+    "chat_template",
+    "think_budget",
+    "no_state",
+    "state_size",
+];
+
+/// A flag about a model in this process goes with no server. Defaults do not count.
+fn apart_from_servers(arg: Arg) -> Arg {
+    let is_local = LOCAL.contains(&arg.get_id().as_str());
+    if is_local { arg.conflicts_with("connect") } else { arg }
+}
+
 /// Talk with a model in the terminal.
 ///
 /// The model runs in this process, or answers from any OpenAI-compatible server with --connect.
 /// Without --model a small trained model inside this program answers. Where standard input or output
 /// is no terminal, each line of the input is a message and the answers are printed as they come.
 #[derive(Args, Debug)]
-#[command(after_help = EXAMPLES)]
+#[command(after_help = EXAMPLES, mut_args = apart_from_servers)]
 pub struct ChatArgs {
     /// Model and machine.
     #[command(flatten)]
@@ -155,32 +186,6 @@ pub struct ToolArgs {
 }
 
 impl ChatArgs {
-    /// Refuses flags that have no meaning with a server.
-    ///
-    /// # Errors
-    /// Names the flag.
-    pub fn check(&self) -> Result<()> {
-        if self.server.connect.is_none() {
-            return Ok(());
-        }
-        let loading = [
-            (self.answer.context.is_some(), "--context"),
-            (self.answer.chat_template.is_some(), "--chat-template"),
-            (self.engine.memory.is_some(), "--memory"),
-            (self.engine.experts_per_token.is_some(), "--experts-per-token"),
-            (self.engine.yarn.is_some(), "--yarn"),
-            (self.engine.kv_cache.is_some(), "--kv-cache"),
-            (self.engine.exact, "--exact"),
-            (self.engine.fast, "--fast"),
-        ];
-        match loading.iter().find(|(is_given, _)| *is_given) {
-            Some((_, flag)) => {
-                bail!("{flag} is about a model in this process; leave it out, or --connect")
-            }
-            None => Ok(()),
-        }
-    }
-
     /// Whether to think; `None` leaves it to the template.
     pub fn thinking(&self) -> Option<bool> {
         match (self.answer.think, self.answer.no_think) {
@@ -237,5 +242,70 @@ impl ToolArgs {
     /// How long a command may take.
     pub fn timeout(&self) -> Duration {
         Duration::from_secs(self.tool_timeout as u64)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::{CommandFactory, Parser};
+
+    use super::super::Options;
+    use super::*;
+
+    /// Flags that mean the same with a server as without one.
+    const FOR_BOTH: [&str; 25] = [
+        "model",
+        "connect",
+        "api_key_file",
+        "system",
+        "resume",
+        "sessions",
+        "plain",
+        "think",
+        "no_think",
+        "show_think",
+        "max_tokens",
+        "greedy",
+        "temperature",
+        "top_p",
+        "top_k",
+        "min_p",
+        "repetition_penalty",
+        "presence_penalty",
+        "frequency_penalty",
+        "seed",
+        "tools",
+        "tool_timeout",
+        "tool_output",
+        "help",
+        "version",
+    ];
+
+    #[test]
+    fn every_flag_is_said_to_go_with_a_server_or_not() {
+        let mut program = Options::command();
+        program.build();
+        let chat = program.find_subcommand("chat").expect("a command");
+        let mut seen = Vec::new();
+        for arg in chat.get_arguments() {
+            let name = arg.get_id().as_str();
+            let is_local = LOCAL.contains(&name);
+            assert!(is_local != FOR_BOTH.contains(&name), "{name}");
+            seen.push(name);
+            let Some(flag) = arg.get_long().filter(|_| is_local) else { continue };
+            let mut line =
+                vec!["flash-moe".to_string(), "chat".into(), "--connect=http://x".into()];
+            let mut known = arg.get_value_parser().possible_values().into_iter().flatten();
+            line.push(match known.next() {
+                _ if !arg.get_action().takes_values() => format!("--{flag}"),
+                Some(value) => format!("--{flag}={}", value.get_name()),
+                None if name == "kv_cache" => "--kv-cache=f16".into(),
+                None => format!("--{flag}=1"),
+            });
+            let error = Options::try_parse_from(&line).expect_err(flag);
+            assert_eq!(error.kind(), clap::error::ErrorKind::ArgumentConflict, "{error}");
+        }
+        assert!(LOCAL.iter().all(|name| seen.contains(name)), "{seen:?}");
+        Options::try_parse_from(["flash-moe", "chat", "--connect=http://x"]).expect("no flags");
     }
 }

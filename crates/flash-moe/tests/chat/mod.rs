@@ -1,10 +1,13 @@
 //! The chat as its users run it: with pipes, in a terminal, killed and taken up again.
 //!
-//! `terminal` is a pseudo-terminal with an emulator behind it, `server` a server that says what a test
-//! tells it to. The screens that the unit tests compare are in `screens`.
+//! `client` has what depends on a server's words, `terminal` is a pseudo-terminal with an emulator behind
+//! it, `server` a server that says what a test tells it to. The screens that the unit tests compare are in
+//! `screens`.
 
 mod plain;
 
+#[cfg(unix)]
+mod client;
 #[cfg(unix)]
 mod screen;
 #[cfg(unix)]

@@ -13,19 +13,31 @@ use crate::serve::client::Server;
 
 const FLAGS: [&str; 7] = ["--memory", "600MiB", "--threads", "1", "--greedy", "-n", "24"];
 
-/// The program with these flags and these lines of input.
+/// The built-in model with these flags and these lines of input.
 fn chat(home: &Home, flags: &[&str], lines: &[&str]) -> Output {
-    let all: Vec<&str> = ["chat"].iter().chain(&FLAGS).chain(flags).copied().collect();
+    let all: Vec<&str> = FLAGS.iter().chain(flags).copied().collect();
+    piped(home, &all, (lines.join("\n") + "\n").as_bytes())
+}
+
+/// The same with a server.
+pub fn client(home: &Home, url: &str, flags: &[&str], lines: &[&str]) -> Output {
+    let all: Vec<&str> = ["--connect", url].iter().chain(flags).copied().collect();
+    piped(home, &all, (lines.join("\n") + "\n").as_bytes())
+}
+
+pub fn piped(home: &Home, flags: &[&str], bytes: &[u8]) -> Output {
+    let all: Vec<&str> = ["chat"].iter().chain(flags).copied().collect();
     let mut command = home.command(&all);
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = command.spawn().expect("the program starts");
     let mut input = child.stdin.take().expect("a pipe");
-    input.write_all((lines.join("\n") + "\n").as_bytes()).expect("a pipe that is read");
+    // One that ends before it has read all says why.
+    input.write_all(bytes).unwrap_or(());
     drop(input);
     child.wait_with_output().expect("the program ends")
 }
 
-fn said(output: &Output) -> String {
+pub fn said(output: &Output) -> String {
     assert!(output.status.success(), "{}", stderr(output));
     String::from_utf8(output.stdout.clone()).expect("text")
 }
@@ -156,10 +168,6 @@ fn what_fails_is_told_and_the_status_says_so() {
         (&["chat", "--tools"], "must be a terminal"),
         (&["chat", "--connect", "ftp://x"], "not spoken here"),
         (&["chat", "--connect", "http://127.0.0.1:1"], "cannot connect to 127.0.0.1:1"),
-        (
-            &["chat", "--connect", "http://127.0.0.1:1", "--context", "5"],
-            "--context is about a model",
-        ),
     ] {
         let said = Home::new().refuse(flags);
         assert!(said.contains(why), "{flags:?}: {said}");
@@ -174,14 +182,18 @@ fn a_server_answers_as_the_model_in_this_process_does() {
     let lines = ["Tell me a story about a cat.", "And then?"];
     let own = said(&chat(&home, &template, &lines));
     let address = format!("http://{}", server.address());
-    let flags = ["--greedy", "-n", "24", "--no-think", "--connect", &address];
-    let all: Vec<&str> = ["chat"].iter().chain(&flags).copied().collect();
-    let mut command = home.command(&all);
-    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
-    let mut child = command.spawn().expect("the program starts");
-    let mut input = child.stdin.take().expect("a pipe");
-    input.write_all((lines.join("\n") + "\n").as_bytes()).expect("a pipe that is read");
-    drop(input);
-    let theirs = said(&child.wait_with_output().expect("the program ends"));
+    let flags = ["--greedy", "-n", "24", "--no-think"];
+    let theirs = said(&client(&home, &address, &flags, &lines));
     assert_eq!(theirs, own);
+}
+
+#[test]
+fn a_line_that_is_no_text_is_left_out_and_the_next_one_is_answered() {
+    let home = Home::new();
+    let flags: Vec<&str> = FLAGS.iter().chain(&["--isa", "auto"]).copied().collect();
+    let output = piped(&home, &flags, b"caf\xe9\nHello\n");
+    assert_eq!(output.status.code(), Some(1));
+    assert!(stderr(&output).contains("not UTF-8 text is left out"), "{}", stderr(&output));
+    assert!(!output.stdout.is_empty());
+    assert!(home.path(".cache/flash-moe/chat-states").read_dir().expect("states").count() > 0);
 }

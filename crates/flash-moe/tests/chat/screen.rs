@@ -2,17 +2,22 @@
 //!
 //! The built-in model answers where any text will do, a scripted server where it must be a certain one.
 
+use std::fs::{self, OpenOptions};
+use std::os::unix::fs::symlink;
+
+use rustix::process::Signal;
 use serde_json::{Value, json};
 
 use super::server::Scripted;
 use super::terminal::Terminal;
-use crate::program::Home;
+use crate::program::{Home, text};
+use crate::serve::client::TEMPLATE;
 
 /// Slow kernels, so that an answer is still coming when it is looked at.
 const MODEL: [&str; 8] = ["--memory", "600MiB", "--threads", "1", "--seed", "5", "--isa", "scalar"];
 
 /// A text, an end, and the mark of the stream's end.
-fn answer(delta: Value, reason: &str) -> Vec<Value> {
+pub fn answer(delta: Value, reason: &str) -> Vec<Value> {
     vec![
         json!({ "choices": [{ "delta": delta }] }),
         json!({ "choices": [{ "delta": {}, "finish_reason": reason }] }),
@@ -20,7 +25,7 @@ fn answer(delta: Value, reason: &str) -> Vec<Value> {
     ]
 }
 
-fn call(command: &str) -> Value {
+pub fn call(command: &str) -> Value {
     let arguments = json!({ "command": command }).to_string();
     json!({ "tool_calls": [{ "index": 0, "id": "x", "function": { "name": "shell", "arguments": arguments } }] })
 }
@@ -30,6 +35,7 @@ fn a_message_is_typed_answered_stopped_and_the_terminal_given_back() {
     let home = Home::new();
     let mut terminal = Terminal::start(&home, (80, 24), &MODEL);
     terminal.wait_for("/help says more");
+    assert!(!terminal.is_as_before());
     terminal.press("Tell me a very long story.\r");
     terminal.wait_for("Ctrl-C stops");
     // An answer that has no text yet would not be kept.
@@ -51,8 +57,8 @@ fn a_message_is_typed_answered_stopped_and_the_terminal_given_back() {
     terminal.wait_for("experts ");
     terminal.press("\x04");
     assert!(terminal.ended().success());
-    let screen = terminal.screen();
-    assert!(screen.contains("chat --resume goes on with it"), "{screen}");
+    terminal.wait_for("chat --resume goes on with it");
+    assert!(terminal.is_as_before());
 
     let mut again = Terminal::start(&home, (40, 24), &[&MODEL[..], &["--resume"]].concat());
     let screen = again.wait_for("stopped");
@@ -74,7 +80,9 @@ fn a_new_size_lays_the_live_rows_out_anew() {
     terminal.wait_for("columns are wide");
     terminal.resize(40, 20);
     terminal.wait("two rows of typed text", |screen| {
-        screen.lines().any(|row| row.trim_end() == "> a line that is longer than forty colum")
+        let mut rows = screen.lines().map(str::trim_end);
+        let first = rows.any(|row| row == "> a line that is longer than forty colu");
+        first && rows.next() == Some("  mns are wide")
     });
 }
 
@@ -121,4 +129,127 @@ fn an_answer_that_breaks_off_leaves_its_text_and_can_be_retried() {
     let (first, second) = (server.request(), server.request());
     assert_eq!(first["messages"], second["messages"]);
     terminal.kill();
+}
+
+/// A chat on a scripted server whose model has asked for a command that goes on, and was allowed to. Its
+/// process id is written to a file of the home.
+fn running(home: &Home, plain: bool) -> (Terminal, Scripted, i32) {
+    let pid = home.path("pid");
+    let command =
+        format!("echo begun; echo $$ > {0}.part; mv {0}.part {0}; sleep 1000", pid.display());
+    let server = Scripted::start(vec![
+        answer(call(&command), "tool_calls"),
+        answer(json!({ "content": "It was stopped." }), "stop"),
+    ]);
+    let url = server.url();
+    let mut flags = vec!["--connect", &url, "-m", "scripted", "--tools"];
+    flags.extend(plain.then_some("--plain"));
+    let mut terminal = Terminal::start(home, (80, 24), &flags);
+    terminal.wait_for(if plain { "> " } else { "/help says more" });
+    terminal.press("Do it\r");
+    terminal.wait_for("run it? [y/n/a");
+    terminal.press("y\r");
+    terminal.wait("the command's id", |_| pid.exists());
+    let pid = fs::read_to_string(pid).expect("an id").trim().parse().expect("a number");
+    (terminal, server, pid)
+}
+
+/// Whether a process runs; one that is dead and not yet waited for does not.
+fn lives(pid: i32) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat"));
+    stat.is_ok_and(|stat| !stat.contains(") Z "))
+}
+
+#[test]
+fn no_way_out_of_the_chat_leaves_a_command_running() {
+    for signal in [None, Some(Signal::TERM), Some(Signal::HUP)] {
+        let home = Home::new();
+        let (mut terminal, _server, pid) = running(&home, false);
+        match signal {
+            None => terminal.press("\x04"),
+            Some(signal) => terminal.signal(signal),
+        }
+        assert!(terminal.ended().success(), "{signal:?}");
+        assert!(!lives(pid), "{signal:?}");
+        assert!(terminal.is_as_before(), "{signal:?}");
+        let listed = home.succeed(&["chat", "--sessions"]).stdout;
+        let listed = String::from_utf8(listed).expect("text");
+        assert!(listed.contains("2 messages  Do it"), "{listed}");
+    }
+}
+
+#[test]
+fn ctrl_c_kills_the_command_and_the_chat_goes_on() {
+    for plain in [false, true] {
+        let home = Home::new();
+        let (mut terminal, server, pid) = running(&home, plain);
+        terminal.press("\x03");
+        terminal.wait_for("It was stopped.");
+        assert!(!lives(pid));
+        let results = server.requests().pop().expect("a request")["messages"][2].clone();
+        assert_eq!(results["content"], "begun\n[stopped by the user]");
+        terminal.press("\x04");
+        assert!(terminal.ended().success());
+    }
+}
+
+#[test]
+fn a_message_is_written_in_the_user_s_own_editor() {
+    use std::os::unix::fs::PermissionsExt;
+    let home = Home::new();
+    let editor = home.write("editor.sh", "#!/bin/sh\necho from the editor >> \"$2\"\n");
+    fs::set_permissions(&editor, fs::Permissions::from_mode(0o700)).expect("a program");
+    let server = Scripted::start(vec![answer(json!({ "content": "An answer." }), "stop")]);
+    let flags = ["--connect", &server.url(), "-m", "scripted"];
+    let mut terminal = Terminal::launch(&home, (80, 24), &flags, |command| {
+        command.env("VISUAL", format!("{editor} --flag"));
+    });
+    terminal.wait_for("/help says more");
+    terminal.press("typed \x18");
+    terminal.wait_for("> typed from the editor");
+    terminal.press("\r");
+    terminal.wait_for("An answer.");
+    assert_eq!(server.request()["messages"][0]["content"], "typed from the editor");
+    terminal.press("/edit\r");
+    terminal.wait("an empty message, edited", |screen| {
+        screen.lines().filter(|row| row.trim_end() == "> from the editor").count() == 1
+    });
+}
+
+#[test]
+fn standard_error_that_takes_nothing_stops_no_plain_chat() {
+    let home = Home::new();
+    let server = Scripted::start(vec![answer(json!({ "content": "An answer." }), "stop")]);
+    let flags = ["--connect", &server.url(), "-m", "scripted", "--plain"];
+    let full = OpenOptions::new().write(true).open("/dev/full").expect("a file that is full");
+    let mut terminal = Terminal::launch(&home, (80, 24), &flags, |command| {
+        command.stderr(full);
+    });
+    terminal.press("Hello\r");
+    terminal.wait_for("An answer.");
+    terminal.press("\x04");
+    assert!(terminal.ended().success());
+}
+
+#[test]
+fn a_model_that_knows_no_tools_takes_over_without_them() {
+    let home = Home::new();
+    let tiny = concat!(env!("CARGO_MANIFEST_DIR"), "/../../models/tiny");
+    let able = home.path("able");
+    fs::create_dir(&able).expect("a directory");
+    for entry in fs::read_dir(tiny).expect("the built-in model") {
+        let entry = entry.expect("an entry");
+        symlink(entry.path(), able.join(entry.file_name())).expect("a link");
+    }
+    fs::copy(TEMPLATE, able.join("chat_template.jinja")).expect("a template that knows tools");
+    let able = text(&able);
+    let flags =
+        ["--memory", "600MiB", "--threads", "1", "-n", "8", "--tools", "--plain", "-m", &able];
+    let mut terminal = Terminal::start(&home, (100, 24), &flags);
+    terminal.wait_for("> ");
+    terminal.press(&format!("/model {tiny}\r"));
+    let screen = terminal.wait_for("without tools");
+    assert!(screen.contains("tiny answers from here on"), "{screen}");
+    terminal.press("Hello\r\x04");
+    assert!(terminal.ended().success(), "the message is answered");
 }

@@ -31,6 +31,20 @@ impl Scripted {
         Self { address, requests }
     }
 
+    /// Answers one request of any kind with these bytes.
+    pub fn once(response: &'static str) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
+        let address = listener.local_addr().expect("an address").to_string();
+        let (_, requests) = channel();
+        thread::spawn(move || {
+            let (mut stream, _) = listener.accept().expect("a connection");
+            let head = BufReader::new(stream.try_clone().expect("a copy")).lines();
+            head.take_while(|line| line.as_ref().is_ok_and(|line| !line.is_empty())).for_each(drop);
+            stream.write_all(response.as_bytes()).expect("a client");
+        });
+        Self { address, requests }
+    }
+
     /// Where it is.
     pub fn url(&self) -> String {
         format!("http://{}", self.address)
@@ -39,6 +53,11 @@ impl Scripted {
     /// The next request.
     pub fn request(&self) -> Value {
         self.requests.recv().expect("a request")
+    }
+
+    /// Requests that were not looked at.
+    pub fn requests(&self) -> Vec<Value> {
+        self.requests.try_iter().collect()
     }
 }
 

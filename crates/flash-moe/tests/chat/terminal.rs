@@ -12,7 +12,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
-use rustix::termios::{Winsize, tcsetwinsize};
+use rustix::termios::{InputModes, LocalModes, OutputModes, Winsize, tcgetattr, tcsetwinsize};
 
 use crate::program::Home;
 
@@ -24,6 +24,12 @@ pub struct Terminal {
     child: Child,
     keys: File,
     screen: Arc<Mutex<vt100::Parser>>,
+    modes: (InputModes, OutputModes, LocalModes), // before the program
+}
+
+fn modes(terminal: &File) -> (InputModes, OutputModes, LocalModes) {
+    let modes = tcgetattr(terminal).expect("the modes of a terminal");
+    (modes.input_modes, modes.output_modes, modes.local_modes)
 }
 
 fn size(columns: u16, rows: u16) -> Winsize {
@@ -36,12 +42,24 @@ fn cells(count: u16) -> NonZeroU16 {
 
 impl Terminal {
     /// Starts `flash-moe chat` with these flags.
-    pub fn start(home: &Home, (columns, rows): (u16, u16), flags: &[&str]) -> Self {
+    pub fn start(home: &Home, size: (u16, u16), flags: &[&str]) -> Self {
+        Self::launch(home, size, flags, |_| {})
+    }
+
+    /// The same, with what a test changes about the command.
+    pub fn launch(
+        home: &Home,
+        (columns, rows): (u16, u16),
+        flags: &[&str],
+        change: impl FnOnce(&mut Command),
+    ) -> Self {
         let master = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).expect("a pseudo-terminal");
         grantpt(&master).and_then(|()| unlockpt(&master)).expect("its other end");
         let name = ptsname(&master, Vec::new()).expect("its name");
         let name = name.to_str().expect("a plain name").to_string();
         tcsetwinsize(&master, size(columns, rows)).expect("a size");
+        let keys = File::from(master);
+        let modes = modes(&keys);
         let slave = OpenOptions::new().read(true).write(true).open(name).expect("its other end");
         let program = home.command(&["chat"]);
         let mut command = Command::new("setsid");
@@ -54,9 +72,9 @@ impl Terminal {
         }
         let other = || slave.try_clone().expect("a copy");
         command.env("TERM", "xterm-256color").stdin(other()).stdout(other()).stderr(other());
+        change(&mut command);
         let child = command.spawn().expect("setsid, of util-linux");
         drop((command, slave));
-        let keys = File::from(master);
         let parser = vt100::Parser::new(cells(rows), cells(columns), 1000);
         let screen = Arc::new(Mutex::new(parser));
         let (own, mut output) = (Arc::clone(&screen), keys.try_clone().expect("a copy"));
@@ -66,7 +84,7 @@ impl Terminal {
                 own.lock().unwrap_or_else(PoisonError::into_inner).process(&bytes[..read]);
             }
         });
-        Self { child, keys, screen }
+        Self { child, keys, screen, modes }
     }
 
     /// Presses keys.
@@ -107,9 +125,22 @@ impl Terminal {
         tcsetwinsize(&self.keys, size(columns, rows)).expect("a size");
     }
 
+    /// Whether the terminal is as it was before, as far as modes go and pastes.
+    pub fn is_as_before(&self) -> bool {
+        let screen = self.screen.lock().unwrap_or_else(PoisonError::into_inner);
+        modes(&self.keys) == self.modes && !screen.screen().bracketed_paste()
+    }
+
     /// Waits for the program to end.
     pub fn ended(&mut self) -> ExitStatus {
         self.child.wait().expect("a program that ends")
+    }
+
+    /// Sends it a signal.
+    pub fn signal(&self, signal: rustix::process::Signal) {
+        let id = i32::try_from(self.child.id()).ok().and_then(rustix::process::Pid::from_raw);
+        let id = id.expect("a process id");
+        rustix::process::kill_process(id, signal).expect("a running program");
     }
 
     /// Kills it at once.

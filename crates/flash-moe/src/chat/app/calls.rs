@@ -67,9 +67,12 @@ impl<W: Write> App<W> {
     }
 
     pub(super) fn cancel_change(&mut self) {
-        if let Mode::Change { call, draft } = std::mem::replace(&mut self.mode, Mode::Typing) {
-            self.editor.set(&draft);
-            self.offer(call);
+        match std::mem::replace(&mut self.mode, Mode::Typing) {
+            Mode::Change { draft, .. } => {
+                self.editor.set(&draft);
+                self.next_call();
+            }
+            other => self.mode = other,
         }
     }
 
@@ -89,42 +92,37 @@ impl<W: Write> App<W> {
     pub(super) fn decline_all(&mut self) {
         self.mode = Mode::Typing;
         self.note("not run");
-        for call in self.talk.conversation.open_calls() {
-            self.talk.add_result(&call.id, &declined());
-        }
+        self.talk.decline_calls();
     }
 
     /// Goes on with the calls of the last answer: the next one, or the model when all have results.
     pub(super) fn next_call(&mut self) {
-        let open = self.talk.conversation.open_calls();
-        if let Some(call) = open.into_iter().next() {
-            return self.offer(call);
+        for call in self.talk.conversation.open_calls() {
+            match self.talk.tools.command(&call) {
+                Ok(command) => return self.offer(call, command),
+                Err(why) => {
+                    self.error(&format!("the model's call is refused: {why}"));
+                    self.talk.add_result(&call.id, &format!("[{why}]"));
+                }
+            }
         }
         let results = matches!(self.talk.conversation.messages.last(), Some(Message::Tool { .. }));
-        if results && let Err(error) = self.talk.ask() {
+        if results && let Err(error) = self.talk.go_on() {
             self.error(&format!("{error:#}"));
         }
     }
 
-    /// Asks the user about a call, or answers one that needs no decision.
-    fn offer(&mut self, call: Call) {
-        match self.talk.tools.command(&call) {
-            Err(why) => {
-                self.error(&format!("the model's call is refused: {why}"));
-                self.talk.add_result(&call.id, &format!("[{why}]"));
-                self.next_call();
-            }
-            Ok(command) => {
-                let directory = self.talk.tools.directory.display().to_string();
-                let lines = view::asked_command(&command, &directory, self.columns());
-                self.above.extend(lines);
-                if self.talk.tools.is_allowed(&command) {
-                    self.note("allowed before");
-                    self.run(call, command);
-                } else {
-                    self.mode = Mode::Confirm { call, command, typed: String::new() };
-                }
-            }
+    /// Asks the user about a call, unless it was allowed before.
+    fn offer(&mut self, call: Call, command: String) {
+        self.end_search(false);
+        let directory = self.talk.tools.directory.display().to_string();
+        let lines = view::asked_command(&command, &directory, self.columns());
+        self.above.extend(lines);
+        if self.talk.tools.is_allowed(&command) {
+            self.note("allowed before");
+            self.run(call, command);
+        } else {
+            self.mode = Mode::Confirm { call, command, typed: String::new() };
         }
     }
 

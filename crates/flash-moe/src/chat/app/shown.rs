@@ -115,8 +115,7 @@ impl<W: Write> App<W> {
             model: self.talk.backend.model().into(),
             speed: last.and_then(|last| last.speed()),
             first_token: last.map(|last| last.done.first_token),
-            context: last
-                .and_then(|last| Some((last.done.prompt? + last.done.generated.unwrap_or(0), all))),
+            context: last.and_then(|last| Some((last.done.context()?, all))),
             hit_rate: last.and_then(|last| last.hit_rate),
             read_rate: last.and_then(|last| last.read_rate()),
             memory_bytes: gauges.and_then(|gauges| gauges.memory_bytes),
@@ -126,7 +125,8 @@ impl<W: Write> App<W> {
             status.speed = (pending.tokens > 2).then(|| (pending.tokens - 1) as f64 / seconds);
             status.first_token = Some(first - pending.started);
             let prompt = pending.prompt.map(|prompt| prompt.all);
-            status.context = prompt.map(|prompt| (prompt + pending.tokens, all)).or(status.context);
+            let used = prompt.map(|prompt| prompt.saturating_add(pending.tokens));
+            status.context = used.map(|used| (used, all)).or(status.context);
         }
         status
     }

@@ -90,6 +90,13 @@ pub struct Done {
     pub decode: Duration,
 }
 
+impl Done {
+    /// Tokens of the context, where known. A server may say any number.
+    pub fn context(&self) -> Option<usize> {
+        Some(self.prompt?.saturating_add(self.generated.unwrap_or(0)))
+    }
+}
+
 /// What the engine of this process has done and takes.
 #[derive(Clone, Copy, Default, PartialEq, Debug)]
 pub struct Gauges {

@@ -24,9 +24,12 @@ use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use super::url::Address;
 use super::{Done, Event, Question, Tool};
 use crate::chat::conversation::{Arguments, End};
+use crate::chat::line::harmless;
 
 /// A server that cannot be reached in this time is not there.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(15);
+/// A server that does not list its models in this time does not answer.
+const LIST_TIMEOUT: Duration = Duration::from_secs(15);
 /// How often a wait for the server looks at whether the user has stopped it.
 const STOP_INTERVAL: Duration = Duration::from_millis(30);
 /// Most of an error's body that is shown.
@@ -64,7 +67,7 @@ impl Remote {
         match model {
             Some(name) => remote.model = name,
             None => {
-                let models = remote.models()?;
+                let models = remote.models(LIST_TIMEOUT)?;
                 let first = models.into_iter().next();
                 remote.model =
                     first.context("the server lists no models; name one with --model")?;
@@ -86,7 +89,7 @@ impl Remote {
     /// # Errors
     /// The server lists models, and none of this name.
     pub fn switch(&mut self, name: &str) -> Result<()> {
-        let models = self.models()?;
+        let models = self.models(LIST_TIMEOUT)?;
         ensure!(
             models.is_empty() || models.iter().any(|model| model == name),
             "the server has no model {name:?}; it has {}",
@@ -96,14 +99,19 @@ impl Remote {
         Ok(())
     }
 
-    fn models(&self) -> Result<Vec<String>> {
-        let listed = self.runtime.block_on(async {
+    /// The names of its models, waited for so long.
+    fn models(&self, patience: Duration) -> Result<Vec<String>> {
+        let listed = async {
             let response = self.request(Method::GET, "/models", String::new()).await?;
             whole(response).await
-        });
+        };
+        let listed = self.runtime.block_on(async { tokio::time::timeout(patience, listed).await });
+        let listed = listed.unwrap_or_else(|_| Err(anyhow!("the server does not answer")));
         let listed: Json = listed.with_context(|| self.place())?;
         let names = listed["data"].as_array().into_iter().flatten();
-        Ok(names.filter_map(|model| Some(model["id"].as_str()?.to_string())).collect())
+        let names = names.filter_map(|model| model["id"].as_str());
+        // A name that cannot be shown as it is cannot be chosen either.
+        Ok(names.filter(|name| harmless(name) == **name).map(String::from).collect())
     }
 
     /// Sends the conversation; the events come as the server sends them.
@@ -243,7 +251,7 @@ async fn whole(mut response: Response<Incoming>) -> Result<Json> {
         error["message"].as_str().or(error.as_str()).or(told["message"].as_str())
     });
     let words: String = told.unwrap_or(text.trim()).chars().take(ERROR_BYTES_MAX).collect();
-    bail!("the server refuses with status {}: {words}", status.as_u16());
+    bail!("the server refuses with status {}: {}", status.as_u16(), harmless(&words));
 }
 
 /// Reads one answer to its end.
@@ -328,7 +336,8 @@ impl Reader {
     fn chunk(&mut self, data: &str, events: &UnboundedSender<Event>) -> Result<()> {
         let chunk: Json = serde_json::from_str(data).context("the server's stream is not JSON")?;
         if let Some(error) = chunk.get("error").filter(|error| !error.is_null()) {
-            bail!("the server: {}", error["message"].as_str().unwrap_or("an error without words"));
+            let words = error["message"].as_str().unwrap_or("an error without words");
+            bail!("the server: {}", harmless(words));
         }
         self.usage(&chunk["usage"]);
         let choice = &chunk["choices"][0];
@@ -477,6 +486,15 @@ mod tests {
             let Some(Event::Done(done)) = events.last() else { panic!("{events:?}") };
             assert_eq!((done.end, done.prompt, done.generated), (End::Stop, Some(9), Some(4)));
         }
+    }
+
+    #[test]
+    fn a_server_that_is_silent_is_not_waited_for() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = format!("http://{}", listener.local_addr().unwrap());
+        let remote = Remote::open(&address, None, Some("x".into())).unwrap();
+        let error = format!("{:#}", remote.models(Duration::from_millis(100)).unwrap_err());
+        assert!(error.contains("does not answer"), "{error}");
     }
 
     #[test]

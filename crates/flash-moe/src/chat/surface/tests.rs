@@ -13,7 +13,7 @@ use crate::chat::line::Style;
 #[derive(Clone)]
 pub struct Emulated {
     terminal: Rc<RefCell<vt100::Parser>>,
-    sent: Rc<RefCell<usize>>,
+    sent: Rc<RefCell<Vec<u8>>>,
 }
 
 impl Emulated {
@@ -61,20 +61,37 @@ impl Emulated {
         self.terminal.borrow().screen().cursor_position()
     }
 
+    /// What was sent since the last call.
+    pub fn take_text(&self) -> String {
+        String::from_utf8(std::mem::take(&mut self.sent.borrow_mut())).unwrap()
+    }
+
     /// Bytes sent since the last call.
     pub fn take_sent(&self) -> usize {
-        std::mem::take(&mut self.sent.borrow_mut())
+        self.take_text().len()
     }
 
     pub fn resize(&self, columns: usize, rows: usize) {
         let size = |n: usize| NonZeroU16::new(n as u16).unwrap();
         self.terminal.borrow_mut().set_size(size(rows), size(columns));
     }
+
+    /// As a terminal that breaks rows that have become too long; the emulator cuts them.
+    pub fn resize_and_break(&self, columns: usize, rows: usize) {
+        let screen = self.screen();
+        let (row, column) = self.cursor();
+        let broken = |row: &str| row.len().div_ceil(columns).max(1);
+        let above: usize = screen.lines().take(usize::from(row)).map(broken).sum();
+        let (row, column) = (above + usize::from(column) / columns, usize::from(column) % columns);
+        self.terminal.swap(&Self::new(columns, rows).terminal);
+        let text = format!("{}\x1b[{};{}H", screen.replace('\n', "\r\n"), row + 1, column + 1);
+        self.terminal.borrow_mut().process(text.as_bytes());
+    }
 }
 
 impl Write for Emulated {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        *self.sent.borrow_mut() += bytes.len();
+        self.sent.borrow_mut().extend_from_slice(bytes);
         self.terminal.borrow_mut().process(bytes);
         Ok(bytes.len())
     }
@@ -161,4 +178,17 @@ fn after_a_resize_the_rows_are_drawn_anew() {
     surface.draw(&[], &lines(&["a row of text", "> typed"]), at(1, 7)).unwrap();
     assert_eq!(terminal.screen(), "kept\na row of text\n> typed");
     assert_eq!(surface.size(), (40, 8));
+}
+
+#[test]
+fn in_a_narrower_terminal_no_piece_of_an_old_row_is_left() {
+    let terminal = Emulated::new(30, 10);
+    let mut surface = Surface::new(terminal.clone(), (30, 10), true);
+    let tail = "a row of text that is broken";
+    surface.draw(&lines(&["kept"]), &lines(&[tail, "> typed text", "status"]), at(1, 12)).unwrap();
+    terminal.resize_and_break(10, 10);
+    assert_eq!(terminal.screen().lines().count(), 7);
+    surface.resize((10, 10)).unwrap();
+    surface.draw(&[], &lines(&["a row", "> typed", "status"]), at(1, 7)).unwrap();
+    assert_eq!(terminal.screen(), "kept\na row\n> typed\nstatus");
 }

@@ -12,6 +12,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, channel};
 use std::thread;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use serde_json::{Value as Json, json};
@@ -21,6 +22,8 @@ use super::conversation::Call;
 use crate::options::chat::ToolArgs;
 pub use shell::{Limits, Ran, Why};
 
+/// How long a call that is given up may take to end.
+const ENDING: Duration = Duration::from_secs(2);
 /// The name of the tool.
 const SHELL: &str = "shell";
 
@@ -144,6 +147,20 @@ impl Running {
     pub fn stop(&self) {
         self.stop.store(true, Ordering::Relaxed);
     }
+
+    /// The switch that kills it.
+    pub fn stopper(&self) -> Arc<AtomicBool> {
+        Arc::clone(&self.stop)
+    }
+}
+
+impl Drop for Running {
+    /// What nobody waits for any more is killed, and nobody goes on before it is dead.
+    fn drop(&mut self) {
+        self.stop();
+        // An outcome that was taken already has nothing behind it, and that is told at once.
+        self.outcome.recv_timeout(ENDING).map(drop).unwrap_or(());
+    }
 }
 
 impl Ran {
@@ -178,7 +195,7 @@ mod tests {
     use super::*;
 
     fn tools() -> Tools {
-        let limits = Limits { timeout: std::time::Duration::from_secs(20), output_bytes: 1000 };
+        let limits = Limits { timeout: Duration::from_secs(20), output_bytes: 1000 };
         Tools { limits: Some(limits), directory: "/".into(), allowed: HashSet::new() }
     }
 

@@ -1,7 +1,8 @@
 //! One command: started in a group of its own, bounded in time and output, killed as a whole.
 //!
 //! Standard output and standard error share one pipe, so they keep their order. What is left of the
-//! group when the command has ended is killed too: nothing that a model started outlives its call.
+//! group when the command has ended is killed too; a process that has left the group (`setsid`) is not
+//! ours any more, and what it writes later is lost.
 
 use std::fmt;
 use std::io::{PipeReader, Read};
@@ -9,6 +10,7 @@ use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, channel};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -97,7 +99,7 @@ fn watch(mut child: Child, pipe: PipeReader, limits: Limits, stop: &AtomicBool) 
         thread::sleep(INTERVAL);
     };
     kill_group(&mut child);
-    let (bytes, left_out) = last(&output);
+    let (bytes, left_out) = output.last();
     Ran { output: String::from_utf8_lossy(&bytes).into_owned(), why, left_out }
 }
 
@@ -115,23 +117,33 @@ fn kill_group(child: &mut Child) {
     child.wait().map(drop).unwrap_or(());
 }
 
-/// What has been read so far, after each piece.
-fn collect(mut pipe: PipeReader, most: usize) -> Receiver<Output> {
-    let (sender, receiver) = channel();
-    thread::spawn(move || {
-        let mut output = Output { most, ..Output::default() };
-        let mut bytes = [0; 8192];
-        while let Ok(read @ 1..) = pipe.read(&mut bytes) {
-            output.take(&bytes[..read]);
-        }
-        // Nobody waits for the output of what was given up.
-        sender.send(output).unwrap_or(());
-    });
-    receiver
+/// What has been read so far.
+struct Collected {
+    output: Arc<Mutex<Output>>,
+    end: Receiver<()>, // of the pipe: nothing is sent, the sender goes away
 }
 
-fn last(output: &Receiver<Output>) -> (Vec<u8>, usize) {
-    output.recv_timeout(LAST_OUTPUT).map_or((Vec::new(), 0), Output::bytes)
+fn collect(mut pipe: PipeReader, most: usize) -> Collected {
+    let (ends, end) = channel();
+    let output = Arc::new(Mutex::new(Output { most, ..Output::default() }));
+    let own = Arc::clone(&output);
+    thread::spawn(move || {
+        let mut bytes = [0; 8192];
+        while let Ok(read @ 1..) = pipe.read(&mut bytes) {
+            own.lock().unwrap_or_else(PoisonError::into_inner).take(&bytes[..read]);
+        }
+        drop(ends);
+    });
+    Collected { output, end }
+}
+
+impl Collected {
+    /// All of it, or what is there after a while if somebody keeps the pipe open.
+    fn last(self) -> (Vec<u8>, usize) {
+        // Either way nothing comes but time.
+        self.end.recv_timeout(LAST_OUTPUT).unwrap_or(());
+        std::mem::take(&mut *self.output.lock().unwrap_or_else(PoisonError::into_inner)).bytes()
+    }
 }
 
 /// The first and the last bytes of an output.
@@ -212,6 +224,15 @@ mod tests {
             }
             assert!(!lives(), "{command}: {pid} lives on");
         }
+    }
+
+    #[test]
+    fn what_was_said_is_not_lost_to_a_process_that_keeps_the_pipe() {
+        let dir = tempfile::tempdir().unwrap();
+        let daemon = "setsid sh -c 'touch up; sleep 2' & while [ ! -e up ]; do :; done";
+        let command = format!("echo IMPORTANT; {daemon}; echo last");
+        let got = run(&command, dir.path(), LIMITS, &AtomicBool::new(false));
+        assert_eq!((got.output.as_str(), got.why), ("IMPORTANT\nlast\n", Why::Exited(0)));
     }
 
     #[test]
