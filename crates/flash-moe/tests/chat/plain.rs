@@ -25,7 +25,7 @@ pub fn client(home: &Home, url: &str, flags: &[&str], lines: &[&str]) -> Output 
     piped(home, &all, (lines.join("\n") + "\n").as_bytes())
 }
 
-pub fn piped(home: &Home, flags: &[&str], bytes: &[u8]) -> Output {
+fn piped(home: &Home, flags: &[&str], bytes: &[u8]) -> Output {
     let all: Vec<&str> = ["chat"].iter().chain(flags).copied().collect();
     let mut command = home.command(&all);
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
@@ -190,8 +190,7 @@ fn a_server_answers_as_the_model_in_this_process_does() {
 #[test]
 fn a_line_that_is_no_text_is_left_out_and_the_next_one_is_answered() {
     let home = Home::new();
-    let flags: Vec<&str> = FLAGS.iter().chain(&["--isa", "auto"]).copied().collect();
-    let output = piped(&home, &flags, b"caf\xe9\nHello\n");
+    let output = piped(&home, &FLAGS, b"caf\xe9\nHello\n");
     assert_eq!(output.status.code(), Some(1));
     assert!(stderr(&output).contains("not UTF-8 text is left out"), "{}", stderr(&output));
     assert!(!output.stdout.is_empty());
