@@ -79,10 +79,11 @@ pub fn run(args: ChatArgs) -> Result<ExitCode> {
     let talk = Talk::open(args, store);
     spinner.finish_and_clear();
     let talk = talk?;
-    let (talk, worked) = match draws {
+    let (mut talk, worked) = match draws {
         true => on_screen(talk, &data.join("history")),
         false => plain::run(talk, is_typed),
     };
+    talk.settle(SETTLE);
     if talk.session.is_on_disk() {
         let id = talk.session.id();
         // The terminal may be gone.
@@ -119,8 +120,7 @@ fn on_screen(talk: Talk, history: &std::path::Path) -> (Talk, Result<ExitCode>) 
     let worked = turn(&mut app, &ending, &notes, &mut terminal);
     let finished = app.finish();
     drop(terminal);
-    let mut talk = app.into_talk();
-    talk.settle(SETTLE);
+    let talk = app.into_talk();
     // Where the system asked for the end nobody may be there to see the last rows.
     let worked = if ending.is_asked() { Ok(()) } else { worked.and(finished) };
     (talk, worked.map(|()| ExitCode::SUCCESS))

@@ -196,3 +196,23 @@ fn a_line_that_is_no_text_is_left_out_and_the_next_one_is_answered() {
     assert!(!output.stdout.is_empty());
     assert!(home.path(".cache/flash-moe/chat-states").read_dir().expect("states").count() > 0);
 }
+
+#[cfg(unix)]
+#[test]
+fn standard_output_that_takes_nothing_ends_the_chat_in_order() {
+    let home = Home::new();
+    let flags = ["--memory", "600MiB", "--threads", "1", "--greedy", "--isa", "scalar"];
+    let mut command = home.command(&[&["chat"][..], &flags].concat());
+    let full = std::fs::OpenOptions::new().write(true).open("/dev/full").expect("a full file");
+    command.stdin(Stdio::piped()).stdout(full).stderr(Stdio::piped());
+    let mut child = command.spawn().expect("the program starts");
+    let mut input = child.stdin.take().expect("a pipe");
+    input.write_all(b"Tell me a very long story.\n").expect("a pipe that is read");
+    let output = child.wait_with_output().expect("the program ends");
+    let told = stderr(&output);
+    assert_eq!(output.status.code(), Some(1), "{told}");
+    assert!(told.contains("standard output"), "{told}");
+    let listed = String::from_utf8(home.succeed(&["chat", "--sessions"]).stdout).expect("text");
+    assert!(listed.contains("2 messages  Tell me"), "what came of the answer is kept: {listed}");
+    assert!(home.path(".cache/flash-moe/chat-states").read_dir().expect("states").count() > 0);
+}
