@@ -27,7 +27,7 @@ use super::markdown::Stream;
 use super::perform::{Effect, perform};
 use super::surface::{Place, Surface};
 use super::talk::{Heard, Talk};
-use super::tools::Running;
+use super::tools::{Asked, Running};
 use super::view;
 
 /// Ctrl-C again within this time leaves.
@@ -64,15 +64,16 @@ enum Mode {
         search: Search,
         before: String,
     },
-    /// A command waits for a decision.
+    /// A call waits for a decision.
     Confirm {
         call: Call,
-        command: String,
+        asked: Asked,
         typed: String,
     },
-    /// The command is being changed; `draft` is what was typed before.
+    /// What it asks for is being changed; `draft` is what was typed before.
     Change {
         call: Call,
+        asked: Asked,
         draft: String,
     },
     Running {
@@ -188,9 +189,7 @@ impl<W: Write> App<W> {
                 Message::Assistant(answer) => {
                     lines.extend(super::markdown::lines(&answer.content, columns));
                     for call in &answer.calls {
-                        let command = self.talk.tools.command(call);
-                        let command = command.unwrap_or_else(|_| call.arguments.clone());
-                        lines.extend(view::command_lines(&command, columns));
+                        lines.extend(view::called(&call.name, &call.arguments, columns));
                     }
                     lines.extend(ended(answer.end).map(|text| Line::new(text, Style::DIM)));
                 }
@@ -428,12 +427,8 @@ impl<W: Write> App<W> {
                 Some(candidates.all[at].clone())
             }
             None => {
-                // Sessions that cannot be listed complete nothing.
-                let ids = || self.talk.store.list().unwrap_or_else(|_| Vec::new());
                 let text = self.editor.text();
-                let ids = if text.starts_with("/resume") { ids() } else { Vec::new() };
-                let ids: Vec<String> = ids.into_iter().map(|session| session.id).collect();
-                let all = completions(text, &ids);
+                let all = completions(text, &self.names_for(text));
                 let common = common_beginning(&all);
                 let longer = common.filter(|common| common.len() > text.len());
                 self.candidates = (all.len() > 1).then_some(Candidates { all, at: None });
@@ -442,6 +437,19 @@ impl<W: Write> App<W> {
         };
         if let Some(text) = next {
             self.editor.set(&text);
+        }
+    }
+
+    /// What there is that a command may name.
+    fn names_for(&self, text: &str) -> Vec<String> {
+        match text.split(' ').next() {
+            Some("/resume") => {
+                // Sessions that cannot be listed complete nothing.
+                let sessions = self.talk.store.list().unwrap_or_else(|_| Vec::new());
+                sessions.into_iter().map(|session| session.id).collect()
+            }
+            Some("/tools") => self.talk.tools.server_names(),
+            _ => Vec::new(),
         }
     }
 

@@ -101,6 +101,7 @@ pub fn perform(talk: &mut Talk, command: Command) -> Result<Effect> {
         }
         Command::Think(wanted) => think(talk, wanted),
         Command::Stats => Ok(Effect::Say(stats(talk))),
+        Command::Tools(server) => talk.tools.listed(server.as_deref()).map(Effect::Explain),
         Command::Copy => {
             let answer = talk.conversation.last_answer().context("there is no answer yet")?;
             Ok(Effect::Copy(answer.content.clone()))

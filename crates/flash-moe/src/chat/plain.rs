@@ -17,9 +17,13 @@ use super::conversation::Message;
 use super::line::harmless;
 use super::perform::{Effect, perform};
 use super::talk::{Heard, Talk};
-use super::tools::declined;
+use super::terminal::listen_for_end;
+use super::tools::{Asked, Groups, declined};
 use super::view::seconds;
 use crate::say::tell;
+
+/// Exit status of a program that SIGTERM ended.
+const ENDED: i32 = 143;
 
 /// A chat on plain streams.
 struct Plain {
@@ -40,7 +44,14 @@ struct Stop(Arc<Mutex<Option<Arc<AtomicBool>>>>);
 /// Standard input or output fails.
 pub fn run(talk: Talk, is_typed: bool) -> Result<(Talk, ExitCode)> {
     let stop = Stop::default();
-    stop.listen()?;
+    stop.listen(talk.tools.groups())?;
+    if talk.tools.are_on() {
+        let groups = talk.tools.groups();
+        listen_for_end(move || {
+            groups.kill_all();
+            std::process::exit(ENDED);
+        })?;
+    }
     let shows_thinking = talk.args.answer.show_think;
     let mut plain = Plain { talk, shows_thinking, is_typed, stop, failed: false };
     plain.notes();
@@ -50,12 +61,15 @@ pub fn run(talk: Talk, is_typed: bool) -> Result<(Talk, ExitCode)> {
 }
 
 impl Stop {
-    /// Ctrl-C stops the answer that is coming, and ends the program where there is none.
-    fn listen(&self) -> Result<()> {
+    /// Ctrl-C stops the answer or the call that is under way, and ends the program where there is none.
+    fn listen(&self, groups: Groups) -> Result<()> {
         let own = self.clone();
         ctrlc::set_handler(move || match &*own.lock() {
             Some(stop) if !stop.swap(true, Ordering::Relaxed) => {}
-            _ => std::process::exit(130),
+            _ => {
+                groups.kill_all();
+                std::process::exit(130);
+            }
         })
         .context("cannot listen for Ctrl-C")
     }
@@ -121,7 +135,10 @@ impl Plain {
                 lines.iter().try_for_each(|line| print(&format!("{}\n", harmless(line))))
             }
             Effect::Explain(names) => {
-                names.iter().try_for_each(|(name, what)| print(&format!("{name:<24} {what}\n")))
+                let line = |(name, what): &(String, String)| {
+                    print(&format!("{:<24} {}\n", harmless(name), harmless(what)))
+                };
+                names.iter().try_for_each(line)
             }
             Effect::Asked => self.answer(),
             Effect::Refill(text, note) => print(&format!("{note}: {}\n", lines(&text))),
@@ -154,8 +171,8 @@ impl Plain {
                 return Ok(());
             }
             for call in open {
-                let result = match self.talk.tools.command(&call) {
-                    Ok(command) => self.decide(&command)?,
+                let result = match self.talk.tools.asked(&call) {
+                    Ok(asked) => self.decide(asked)?,
                     Err(why) => format!("[{why}]"),
                 };
                 self.talk.add_result(&call.id, &result);
@@ -213,20 +230,27 @@ impl Plain {
         Ok(())
     }
 
-    /// Asks about a command and gives what the model is told.
-    fn decide(&mut self, command: &str) -> Result<String> {
-        let shown: Vec<String> = command.split('\n').map(harmless).collect();
-        let directory = self.talk.tools.directory.display();
-        tell!("the model wants to run, in {directory}:\n  $ {}", shown.join("\n    "));
-        if !self.talk.tools.is_allowed(command) {
+    /// Asks about a call and gives what the model is told.
+    fn decide(&mut self, asked: Asked) -> Result<String> {
+        let text = asked.text();
+        let shown: Vec<String> = text.split('\n').map(harmless).collect();
+        let question = harmless(&asked.question(&self.talk.tools.directory));
+        tell!("{question}\n    {}", shown.join("\n    "));
+        if !self.talk.tools.is_allowed(&asked) {
             eprint!("run it? [y/n/a] ");
             match next_line()?.unwrap_or_else(String::new).trim() {
                 "y" => {}
-                "a" => self.talk.tools.allow(command),
+                "a" => {
+                    self.talk.tools.allow(&asked);
+                    tell!("{}", asked.always());
+                }
                 _ => return Ok(declined()),
             }
         }
-        let result = self.talk.tools.start(command).outcome().result();
+        let running = self.talk.tools.start(asked);
+        self.stop.set(Some(running.stopper()));
+        let result = running.outcome().result();
+        self.stop.set(None);
         tell!("{}", lines(&result));
         Ok(result)
     }

@@ -143,7 +143,9 @@ impl Talk {
 
     /// What the user should know, once.
     pub fn take_notes(&mut self) -> Vec<String> {
-        std::mem::take(&mut self.notes)
+        let mut notes = std::mem::take(&mut self.notes);
+        notes.extend(self.tools.take_notes());
+        notes
     }
 
     /// Files that go with the next message.

@@ -19,6 +19,7 @@ const EXAMPLES: &str = "\
 Examples:
   flash-moe chat
   flash-moe chat -m DIR --memory 12GiB --context 32768
+  flash-moe chat -m DIR --mcp servers.json
   flash-moe chat -m DIR --tools --system \"You are at home in this repository.\"
   flash-moe chat --connect http://127.0.0.1:8080
   flash-moe chat --connect https://example.org/v1 --api-key-file key.txt -m NAME
@@ -145,11 +146,18 @@ pub struct ToolArgs {
     #[arg(long)]
     pub tools: bool,
 
-    /// Seconds after which a command is killed with all that it started.
+    /// Start the MCP servers of this JSON file and let the model ask for their tools; each call is
+    /// shown and made only if you say yes. With --tools and without this, mcp.json in the directory
+    /// of configurations, if it is there.
+    #[arg(long, value_name = "FILE")]
+    pub mcp: Option<PathBuf>,
+
+    /// Seconds after which a command is killed with all that it started, and a call of an MCP server,
+    /// or its start, is given up.
     #[arg(long, value_name = "SECONDS", default_value = "60", value_parser = at_least_one)]
     pub tool_timeout: usize,
 
-    /// Bytes of a command's output that the model gets: the first half and the last half of them.
+    /// Bytes of an output that the model gets: the first half and the last half of them.
     #[arg(long, value_name = "SIZE", default_value = "16KiB", value_parser = size::parse)]
     pub tool_output: u64,
 }
@@ -234,6 +242,18 @@ impl ServerArgs {
 }
 
 impl ToolArgs {
+    /// The file of MCP servers, if there is one.
+    pub fn mcp_file(&self) -> Option<PathBuf> {
+        let default = environment::config_dir().map(|dir| dir.join("mcp.json"));
+        let default = default.filter(|file| self.tools && file.exists());
+        self.mcp.clone().or(default)
+    }
+
+    /// Whether the model may ask for anything.
+    pub fn are_on(&self) -> bool {
+        self.tools || self.mcp.is_some()
+    }
+
     /// How long a command may take.
     pub fn timeout(&self) -> Duration {
         Duration::from_secs(self.tool_timeout as u64)

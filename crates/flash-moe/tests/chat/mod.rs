@@ -3,6 +3,10 @@
 //! `terminal` is a pseudo-terminal with an emulator behind it, `server` a server that says what a test
 //! tells it to. The screens that the unit tests compare are in `screens`.
 
+#[cfg(unix)]
+mod mcp;
+#[cfg(unix)]
+mod mcp_server;
 mod plain;
 
 #[cfg(unix)]

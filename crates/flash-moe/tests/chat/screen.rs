@@ -12,7 +12,7 @@ use crate::program::Home;
 const MODEL: [&str; 8] = ["--memory", "600MiB", "--threads", "1", "--seed", "5", "--isa", "scalar"];
 
 /// A text, an end, and the mark of the stream's end.
-fn answer(delta: Value, reason: &str) -> Vec<Value> {
+pub fn answer(delta: Value, reason: &str) -> Vec<Value> {
     vec![
         json!({ "choices": [{ "delta": delta }] }),
         json!({ "choices": [{ "delta": {}, "finish_reason": reason }] }),

@@ -109,7 +109,21 @@ impl Terminal {
 
     /// Waits for the program to end.
     pub fn ended(&mut self) -> ExitStatus {
-        self.child.wait().expect("a program that ends")
+        let started = Instant::now();
+        loop {
+            if let Some(status) = self.child.try_wait().expect("a child") {
+                return status;
+            }
+            assert!(started.elapsed() < PATIENCE, "it does not end:\n{}", self.screen());
+            thread::park_timeout(Duration::from_millis(10));
+        }
+    }
+
+    /// Sends it a signal.
+    pub fn signal(&self, signal: rustix::process::Signal) {
+        let id = i32::try_from(self.child.id()).ok().and_then(rustix::process::Pid::from_raw);
+        let id = id.expect("a process id");
+        rustix::process::kill_process(id, signal).expect("a running program");
     }
 
     /// Kills it at once.

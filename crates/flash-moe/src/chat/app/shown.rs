@@ -8,6 +8,7 @@ use anyhow::Result;
 
 use super::super::editor::{Editor, Layout};
 use super::super::line::{Color, Span, Style};
+use super::super::tools::Asked;
 use super::super::view::{self, Busy, Live, Status};
 use super::{App, Mode};
 
@@ -74,8 +75,11 @@ impl<W: Write> App<W> {
             return Some(names.collect::<Vec<_>>().join("  "));
         }
         match &self.mode {
-            Mode::Confirm { .. } => {
+            Mode::Confirm { asked: Asked::Command(_), .. } => {
                 Some("y yes, n no, a always this exact command, e edit it".into())
+            }
+            Mode::Confirm { asked: Asked::Tool(_), .. } => {
+                Some("y yes, n no, a always this tool, e edit the arguments".into())
             }
             Mode::Change { .. } => Some("Enter runs it, Esc goes back".into()),
             Mode::Search { .. } => Some("Ctrl-R earlier, Enter takes, Esc back".into()),
