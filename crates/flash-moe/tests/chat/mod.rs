@@ -15,3 +15,5 @@ mod screen;
 mod server;
 #[cfg(unix)]
 mod terminal;
+#[cfg(unix)]
+mod tls;

@@ -6,6 +6,7 @@
 
 mod local;
 mod remote;
+mod tls;
 mod url;
 
 use std::path::PathBuf;
