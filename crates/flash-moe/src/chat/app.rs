@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 use crossterm::event::{Event as Input, KeyEvent, KeyEventKind};
 
-use super::commands::{Command, Typed, completions, typed};
+use super::commands::{Typed, completions, typed};
 use super::conversation::{Call, End, Message};
 use super::editor::{Edit, Editor};
 use super::history::{History, Search};
@@ -130,7 +130,8 @@ impl<W: Write> App<W> {
 
     /// Whether something moves by itself.
     pub fn is_busy(&self) -> bool {
-        self.talk.is_answering() || matches!(self.mode, Mode::Running { .. })
+        let is_running = matches!(self.mode, Mode::Running { .. });
+        is_running || self.talk.is_answering() || self.talk.backend.switching().is_some()
     }
 
     /// What is to be done outside of the screen, once.
@@ -323,11 +324,6 @@ impl<W: Write> App<W> {
             Typed::Command(command) => {
                 self.editor.take();
                 self.remember(&text);
-                if let Command::Model(Some(name)) = &command {
-                    self.note(&format!("loading {name}"));
-                    // A terminal that is gone is noticed by the next drawing.
-                    self.draw().unwrap_or(());
-                }
                 let effect = perform(&mut self.talk, command);
                 match effect {
                     Ok(effect) => {
@@ -374,6 +370,7 @@ impl<W: Write> App<W> {
                 self.above.extend(lines);
             }
             Effect::Asked => {}
+            Effect::Loading(name) => self.note(&format!("loading {name}; typing goes on")),
             Effect::Refill(text, note) => {
                 self.note(&note);
                 self.editor.set(&text);
@@ -537,6 +534,8 @@ impl<W: Write> App<W> {
                 self.above.extend(ended(end).map(|text| Line::new(text, Style::DIM)));
                 self.next_call();
             }
+            Heard::Model(Ok(what)) => self.note(&what),
+            Heard::Model(Err(why)) => self.error(&why),
             Heard::Failed(why) => {
                 self.above.extend(self.stream.finish(columns));
                 self.thinking.clear();

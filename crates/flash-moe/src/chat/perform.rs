@@ -57,6 +57,8 @@ pub enum Effect {
     ShowThinking(bool),
     /// Another conversation is here: show it.
     Replay,
+    /// Another model is being loaded.
+    Loading(String),
     /// Leave.
     Quit,
 }
@@ -79,6 +81,9 @@ pub fn perform(talk: &mut Talk, command: Command) -> Result<Effect> {
             | Command::Model(Some(_))
     );
     ensure!(!needs_rest || !talk.is_answering(), "an answer is coming; Ctrl-C stops it");
+    if let Some(switching) = talk.backend.switching().filter(|_| needs_rest) {
+        bail!("{} is loading; try again when it has", switching.name);
+    }
     match command {
         Command::Help => Ok(Effect::Explain(help())),
         Command::New => {
@@ -134,12 +139,8 @@ fn model(talk: &mut Talk, name: Option<String>) -> Result<Effect> {
         let lines = [talk.backend.model()].into_iter().chain(place.lines());
         return Ok(Effect::Say(lines.map(String::from).collect()));
     };
-    talk.backend.switch(&mut talk.args, &name)?;
-    if talk.tools.are_on() {
-        talk.backend.check_tools()?;
-    }
-    talk.backend.recall(&talk.conversation);
-    say(format!("{} answers from here on", talk.backend.model()))
+    talk.switch(&name)?;
+    Ok(Effect::Loading(name))
 }
 
 fn think(talk: &mut Talk, wanted: Option<Think>) -> Result<Effect> {

@@ -141,6 +141,7 @@ impl Plain {
                 names.iter().try_for_each(line)
             }
             Effect::Asked => self.answer(),
+            Effect::Loading(name) => self.wait_for(&name),
             Effect::Refill(text, note) => print(&format!("{note}: {}\n", lines(&text))),
             Effect::Thinking(text) | Effect::Copy(text) => print(&format!("{}\n", lines(&text))),
             Effect::ShowThinking(shown) => {
@@ -156,6 +157,18 @@ impl Plain {
                 Ok(())
             }
             Effect::Quit => Ok(()),
+        }
+    }
+
+    fn wait_for(&mut self, model: &str) -> Result<()> {
+        tell!("flash-moe: loading {}", harmless(model));
+        match self.talk.hear_switched() {
+            Some(Heard::Model(Ok(what))) => print(&format!("{}\n", harmless(&what))),
+            Some(Heard::Model(Err(why))) => {
+                self.fail(&why);
+                Ok(())
+            }
+            _ => Ok(()),
         }
     }
 

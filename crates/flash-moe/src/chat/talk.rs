@@ -74,6 +74,8 @@ pub enum Heard {
     Ended(End),
     /// It failed; what came of it is gone, and the question can be asked again.
     Failed(String),
+    /// Another model answers from here on, or why it does not.
+    Model(Result<String, String>),
 }
 
 /// What an answer took.
@@ -252,6 +254,9 @@ impl Talk {
     /// What has been heard since the last time; waits for none of it.
     pub fn hear(&mut self) -> Vec<Heard> {
         let mut heard = Vec::new();
+        if let Some(outcome) = self.backend.try_switched() {
+            heard.push(self.end_switch(outcome));
+        }
         while let Some(event) = self.pending.as_mut().and_then(|p| p.answering.try_next()) {
             self.take(event, &mut heard);
         }
@@ -265,6 +270,33 @@ impl Talk {
             self.take(event, &mut heard);
         }
         heard
+    }
+
+    /// Begins to switch to another model, and does not wait for it.
+    ///
+    /// # Errors
+    /// An answer or another model is coming.
+    pub fn switch(&mut self, name: &str) -> Result<()> {
+        ensure!(self.pending.is_none(), "an answer is coming; Ctrl-C stops it");
+        self.backend.switch(&self.args, name)
+    }
+
+    /// The end of a switch, waited for; nothing if there is none.
+    pub fn hear_switched(&mut self) -> Option<Heard> {
+        let outcome = self.backend.switched()?;
+        Some(self.end_switch(outcome))
+    }
+
+    fn end_switch(&mut self, outcome: Result<ChatArgs>) -> Heard {
+        self.backend.recall(&self.conversation);
+        let model = self.backend.model();
+        Heard::Model(match outcome {
+            Ok(args) => {
+                self.args = args;
+                Ok(format!("{model} answers from here on"))
+            }
+            Err(why) => Err(format!("{why:#}; {model} answers on")),
+        })
     }
 
     /// Waits so long for an answer that was stopped to end, so that it is kept.

@@ -48,6 +48,11 @@ pub enum Busy {
     Running {
         time: Duration,
     },
+    /// Another model is being loaded.
+    Loading {
+        name: String,
+        time: Duration,
+    },
 }
 
 /// The figures of the status line.
@@ -132,6 +137,7 @@ fn busy_line(busy: &Busy, columns: usize) -> Line {
             (*time, format!("thinking {}, {} tokens", seconds(*time), grouped(*tokens)))
         }
         Busy::Writing { time } => (*time, "answering, Ctrl-C stops".into()),
+        Busy::Loading { name, time } => (*time, format!("loading {name}, {}", seconds(*time))),
         Busy::Running { time } => (*time, format!("running {}, Ctrl-C kills it", seconds(*time))),
         Busy::Reading { done, from, all, time } => {
             let text = reading(*done, *from, *all, *time, columns.saturating_sub(3));

@@ -35,7 +35,7 @@ Exit status: 0, or 1 on an error, 2 on a wrong flag.";
 /// The model runs in this process, or answers from any OpenAI-compatible server with --connect.
 /// Without --model a small trained model inside this program answers. Where standard input or output
 /// is no terminal, each line of the input is a message and the answers are printed as they come.
-#[derive(Args, Debug)]
+#[derive(Args, Clone, Debug)]
 #[command(after_help = EXAMPLES)]
 pub struct ChatArgs {
     /// Model and machine.
@@ -62,7 +62,7 @@ pub struct ChatArgs {
 }
 
 /// A server that answers instead of a model in this process.
-#[derive(Args, Debug)]
+#[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Server")]
 pub struct ServerArgs {
     /// Be a client of this OpenAI-compatible server; --model is then a name, by default the first
@@ -76,7 +76,7 @@ pub struct ServerArgs {
 }
 
 /// Which conversation, and what is kept of it.
-#[derive(Args, Debug)]
+#[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Conversation")]
 pub struct SessionArgs {
     /// System prompt.
@@ -106,7 +106,7 @@ pub struct SessionArgs {
 }
 
 /// How it answers.
-#[derive(Args, Debug)]
+#[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Answers")]
 pub struct ChatAnswerArgs {
     /// Ask the model to think first, where its template has the choice.
@@ -139,7 +139,7 @@ pub struct ChatAnswerArgs {
 }
 
 /// What the model may do.
-#[derive(Args, Debug)]
+#[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Tools")]
 pub struct ToolArgs {
     /// Let the model ask to run shell commands here; each is shown and runs only if you say yes.

@@ -6,6 +6,7 @@ use serde_json::{Value, json};
 
 use super::server::Scripted;
 use super::terminal::Terminal;
+use crate::fixture::converted;
 use crate::program::Home;
 
 /// Slow kernels, so that an answer is still coming when it is looked at.
@@ -121,4 +122,47 @@ fn an_answer_that_breaks_off_leaves_its_text_and_can_be_retried() {
     let (first, second) = (server.request(), server.request());
     assert_eq!(first["messages"], second["messages"]);
     terminal.kill();
+}
+
+#[test]
+fn another_model_loads_while_typing_goes_on_and_one_that_cannot_changes_nothing() {
+    let home = converted();
+    let container = home.path("container");
+    let switch = format!("/model {}\r", container.display());
+    let mut terminal = Terminal::start(&home, (100, 30), &[&MODEL[..], &["-n", "8"]].concat());
+    terminal.wait_for("/help says more");
+    terminal.press("/model /nowhere\r");
+    terminal
+        .wait("an error", |screen| screen.contains("/nowhere") && screen.contains("answers on"));
+    // The model before is closed for one that is found to have no template.
+    let template = container.join("chat_template.jinja");
+    std::fs::rename(&template, home.path("template")).expect("a template");
+    terminal.press(&switch);
+    terminal.wait_for("has no chat template");
+    std::fs::rename(home.path("template"), &template).expect("a template");
+    terminal.press("Hello\r");
+    terminal.wait_for("cut off: the most tokens");
+
+    // A tokenizer that arrives when this test wants it to.
+    let tokenizer = container.join("tokenizer.json");
+    std::fs::rename(&tokenizer, home.path("whole")).expect("a tokenizer");
+    let made = std::process::Command::new("mkfifo").arg(&tokenizer).status().expect("mkfifo");
+    assert!(made.success());
+    terminal.press(&switch);
+    terminal.wait_for("; typing goes on");
+    terminal.press("typed meanwhile");
+    terminal.wait_for("> typed meanwhile");
+    terminal.press("\r");
+    let screen = terminal.wait_for("is loading; send this again when it has");
+    assert!(screen.contains("> typed meanwhile"), "{screen}");
+    let mut pipe = std::fs::OpenOptions::new().write(true).open(&tokenizer).expect("a pipe");
+    let whole = std::fs::read(home.path("whole")).expect("a tokenizer");
+    std::fs::rename(home.path("whole"), &tokenizer).expect("a tokenizer");
+    std::io::Write::write_all(&mut pipe, &whole).expect("a reader");
+    drop(pipe);
+    terminal.wait_for("source answers from here on");
+    terminal.press("\r");
+    terminal.wait("an answer", |screen| screen.matches("cut off: the most tokens").count() == 2);
+    terminal.press("/quit\r");
+    assert!(terminal.ended().success());
 }

@@ -94,6 +94,10 @@ impl<W: Write> App<W> {
         if let Mode::Running { since, .. } = &self.mode {
             return Some(Busy::Running { time: since.elapsed() });
         }
+        if let Some(switching) = self.talk.backend.switching() {
+            let (name, time) = (switching.name.clone(), switching.since.elapsed());
+            return Some(Busy::Loading { name, time });
+        }
         let pending = self.talk.pending()?;
         let time = pending.started.elapsed();
         Some(match (pending.thinking, pending.first, pending.prompt) {
