@@ -1,9 +1,10 @@
 """Many clients at once, most of them badly behaved, against a server of our own with the built-in model.
 
-Usage: soak.py PROGRAM [SECONDS [CLIENTS [FLAG..]]]. Clients stream, go away in the middle, read slowly, and send
-malformed and oversized bodies; one that is told to come back later does. Checked at the end: no crash, every
-client that stayed got the very text that it gets alone, nothing is left running, and memory is back to
-where it was after a warm-up of a quarter of the time. What counts as memory is what is resident without the
+Usage: soak.py PROGRAM [SECONDS [CLIENTS [FLAG..]]]. Clients stream, go away in the middle, read slowly or not at all,
+and send malformed and oversized bodies; one that is told to come back later does. 16 texts go at once unless
+a flag says otherwise. Checked at the end: no crash, every client that stayed got the very text that it gets
+alone, who read nothing was cut off, nothing is left running, and memory is back to where it was after a
+warm-up of a quarter of the time. What counts as memory is what is resident without the
 kept prefixes, which fill their bound on purpose (`flash_moe_prefix_bytes`).
 """
 
@@ -11,6 +12,7 @@ import http.client
 import json
 import random
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -21,10 +23,14 @@ seconds = float(sys.argv[2]) if len(sys.argv) > 2 else 60
 clients = int(sys.argv[3]) if len(sys.argv) > 3 else 64
 ALLOWED_GROWTH_KIB = 32 << 10
 BODY_MAX = 1 << 20
+PATIENCE = 5  # seconds that the server waits for a client
 QUESTIONS = [f"Tell me a story about {what}." for what in ("a robot", "the moon", "two cats", "a lost key", "rain")]
 counts, wrong, lock = {}, [], threading.Lock()
 
-flags = ["serve", "--port", "0", "--memory", "4GiB", "--max-body", str(BODY_MAX), *sys.argv[4:]]
+flags = ["serve", "--port", "0", "--memory", "4GiB", "--max-body", str(BODY_MAX), "--client-timeout", str(PATIENCE)]
+if "--parallel" not in sys.argv:
+    flags += ["--parallel", "16", "--queue", "64"]
+flags += sys.argv[4:]
 server = subprocess.Popen([program, *flags], stderr=subprocess.PIPE, text=True)
 for line in server.stderr:
     if found := re.search(r"listening on http://(\S+)", line):
@@ -98,6 +104,31 @@ def slow(chance):
     return "slow"
 
 
+def deaf(chance):
+    """Reads nothing of much more than sockets hold, until the server must have lost its patience."""
+    body = {"messages": [{"role": "user", "content": f"Story {chance.randrange(1000)}, please."}], "stream": True,
+            "max_tokens": 1900, "n": 4, "logprobs": True, "top_logprobs": 20, "logit_bias": {"4085": -100, "4083": -100}}
+    body = json.dumps(body)
+    host, port = address.split(":")
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect((host, int(port)))
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: {address}\r\ncontent-length: {len(body)}\r\n"
+        connection.sendall(f"{head}content-type: application/json\r\n\r\n{body}".encode())
+        told = connection.recv(12)
+        if told.endswith(b"429"):
+            return "429"
+        time.sleep(45)
+        try:
+            while piece := connection.recv(1 << 16):
+                told = told[-64:] + piece
+        except ConnectionResetError:
+            pass
+        if b"[DONE]" in told:
+            wrong.append("an answer that nobody read was sent to its end")
+    return "deaf"
+
+
 def bad(chance):
     connection = http.client.HTTPConnection(address, timeout=120)
     body = chance.choice(["{", "[]", '{"messages": 5}', "x" * (BODY_MAX + 1), "\0\xff", '{"a":' * 200])
@@ -113,8 +144,10 @@ def bad(chance):
 
 def client(number):
     chance = random.Random(number)
+    # A few of the clients, since each holds four places.
+    kinds = [deaf] if number % 32 == 5 else [well, well, leaver, slow, bad]
     while time.monotonic() < end:
-        kind = chance.choice([well, well, leaver, slow, bad])
+        kind = chance.choice(kinds)
         try:
             what = kind(chance)
         except Exception as error:
@@ -122,6 +155,8 @@ def client(number):
             return
         with lock:
             counts[what] = counts.get(what, 0) + 1
+        if what == "429":
+            time.sleep(1)
 
 
 def rounds(until):

@@ -27,6 +27,19 @@ pub enum Error {
     /// A kept state that is damaged, of another model or settings, or too long for the context.
     #[error("state: {0}")]
     State(String),
+    /// A kept state in another version of its layout.
+    #[error(
+        "state: version {found}, this build reads {known}; make it again with --save-state of this build"
+    )]
+    StateVersion {
+        /// The file's.
+        found: u32,
+        /// This build's.
+        known: u32,
+    },
+    /// A kept state could not be read; it may be sound.
+    #[error("state: reading failed: {0}")]
+    StateUnread(#[source] std::io::Error),
     /// The tokenizer file is missing, unreadable or refused by the tokenizer library.
     #[error("tokenizer: {0}")]
     Tokenizer(String),

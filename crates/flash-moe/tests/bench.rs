@@ -57,6 +57,12 @@ fn a_bench_counts_what_it_says() {
     assert_eq!(kinds.iter().map(|k| k.replace('"', "")).collect::<Vec<_>>(), twice);
     for run in runs {
         run_adds_up(run, &found["model"], padded);
+        // One amount of bytes, held against two rates of the same memory.
+        let best = number(&run["memory_fraction"])
+            * number(&found["limits"]["memory"]["bytes_per_second"]);
+        let beside =
+            number(&run["memory_fraction_beside"]) * number(&run["memory_bytes_per_second_beside"]);
+        assert!(beside > 0.0 && (best / beside - 1.0).abs() < 1e-9, "{run}");
     }
     csv_matches(&std::fs::read_to_string(&csv).expect("the CSV file"), runs);
 }

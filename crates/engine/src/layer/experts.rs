@@ -288,10 +288,7 @@ fn chunk(
     );
     shared(compute, input, scratch, tmp, timing, out);
 
-    let started = Instant::now();
-    let formats = (input.layout.gate.precision.format(), input.layout.up.precision.format());
-    let differ = compute.prepare_forms(formats, input.x, scratch.whole.each_mut());
-    timing.add(Stage::Experts, started, 0);
+    let differ = prepare_rows(compute, input, scratch, timing);
     let by_expert = std::mem::take(&mut scratch.by_expert);
     let most = Most {
         pairs: (input.x.len() / hidden).max(WAVE_PAIRS),
@@ -337,8 +334,7 @@ fn strangers(
     let mut fetch = input.store.fetch(input.layer, &experts);
     shared(compute, input, scratch, tmp, timing, out);
 
-    let formats = (input.layout.gate.precision.format(), input.layout.up.precision.format());
-    let differ = compute.prepare_forms(formats, input.x, scratch.whole.each_mut());
+    let differ = prepare_rows(compute, input, scratch, timing);
     sized(&mut scratch.kept, tokens * top_k * hidden);
     loop {
         let started = Instant::now();
@@ -366,6 +362,20 @@ fn strangers(
     });
     scratch.by_expert = by_expert;
     Ok(())
+}
+
+/// Puts all rows into the forms that gate and up take; gives whether those differ.
+fn prepare_rows(
+    compute: &Compute,
+    input: &MoeInput,
+    scratch: &mut ExpertScratch,
+    timing: &mut Timing,
+) -> bool {
+    let started = Instant::now();
+    let formats = (input.layout.gate.precision.format(), input.layout.up.precision.format());
+    let differ = compute.prepare_forms(formats, input.x, scratch.whole.each_mut());
+    timing.add(Stage::Experts, started, 0);
+    differ
 }
 
 /// Records that are computed together, and the tokens of each.

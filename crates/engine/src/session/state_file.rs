@@ -48,9 +48,7 @@ impl<R: Read> StateReader<R> {
         }
         let version = u32::from_le_bytes(from.array()?);
         if version != VERSION {
-            return Err(Error::State(format!(
-                "version {version}, this build reads {VERSION}; {AGAIN} of this build"
-            )));
+            return Err(Error::StateVersion { found: version, known: VERSION });
         }
         let length = u32::from_le_bytes(from.array()?);
         if length > HEADER_BYTES_MAX {
@@ -195,7 +193,7 @@ impl<R: Read> Hashed<R> {
     fn read(&mut self, bytes: &mut [u8]) -> Result<()> {
         self.stream.read_exact(bytes).map_err(|error| match error.kind() {
             ErrorKind::UnexpectedEof => Error::State(format!("the file is cut off; {AGAIN}")),
-            _ => Error::State(format!("reading failed: {error}")),
+            _ => Error::StateUnread(error),
         })?;
         self.hash.update(bytes);
         Ok(())

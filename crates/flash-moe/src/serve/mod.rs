@@ -33,7 +33,7 @@ use crate::convert::files::make_directory;
 use crate::options::serve::ServeArgs;
 use metrics::Metrics;
 use model::Model;
-use prefix::PrefixStore;
+use prefix::{PrefixStore, WhenTaken};
 use route::{Access, Server};
 use schedule::Schedule;
 
@@ -64,7 +64,7 @@ pub fn run(args: &ServeArgs) -> Result<ExitCode> {
     let hot_set = args.hot_set.file(model.engine.container());
     hot_set.iter().for_each(|file| file.load(&model.engine));
     let metrics = Arc::new(Metrics::new());
-    let prefixes = PrefixStore::open(&model, &metrics, &args.prefix)?;
+    let prefixes = PrefixStore::open(&model, &metrics, &args.prefix, WhenTaken::Refuse)?;
     let (live, waiting) = (args.load.parallel, args.load.queue);
     let schedule = Schedule::start(&model, &metrics, prefixes, live, waiting)
         .context("the engine's thread")?;

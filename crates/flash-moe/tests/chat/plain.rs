@@ -15,7 +15,13 @@ const FLAGS: [&str; 7] = ["--memory", "600MiB", "--threads", "1", "--greedy", "-
 
 /// The program with these flags and these lines of input.
 fn chat(home: &Home, flags: &[&str], lines: &[&str]) -> Output {
-    let all: Vec<&str> = ["chat"].iter().chain(&FLAGS).chain(flags).copied().collect();
+    let all: Vec<&str> = FLAGS.iter().chain(flags).copied().collect();
+    chat_with(home, &all, lines)
+}
+
+/// As [`chat`], with no other flags.
+fn chat_with(home: &Home, flags: &[&str], lines: &[&str]) -> Output {
+    let all: Vec<&str> = ["chat"].iter().chain(flags).copied().collect();
     let mut command = home.command(&all);
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = command.spawn().expect("the program starts");
@@ -175,13 +181,6 @@ fn a_server_answers_as_the_model_in_this_process_does() {
     let own = said(&chat(&home, &template, &lines));
     let address = format!("http://{}", server.address());
     let flags = ["--greedy", "-n", "24", "--no-think", "--connect", &address];
-    let all: Vec<&str> = ["chat"].iter().chain(&flags).copied().collect();
-    let mut command = home.command(&all);
-    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
-    let mut child = command.spawn().expect("the program starts");
-    let mut input = child.stdin.take().expect("a pipe");
-    input.write_all((lines.join("\n") + "\n").as_bytes()).expect("a pipe that is read");
-    drop(input);
-    let theirs = said(&child.wait_with_output().expect("the program ends"));
+    let theirs = said(&chat_with(&home, &flags, &lines));
     assert_eq!(theirs, own);
 }

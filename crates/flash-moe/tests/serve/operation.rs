@@ -34,13 +34,50 @@ fn a_full_queue_refuses_and_a_client_that_leaves_makes_room() {
     assert_eq!(refused.status, 429, "{}", refused.body);
     assert!(refused.header("retry-after").is_some());
     assert_eq!(refused.json()["error"]["type"], "rate_limit_error");
-    drop((running, waiting));
+    // One that leaves before its turn makes room at once.
+    drop(waiting);
+    server.wait_until(|health| health["waiting"] == 0 && health["live"] == 1);
+    drop(running);
     server.wait_until_idle();
     assert_eq!(server.post(CHAT, &short()).status, 200);
     let metrics = server.get("/metrics").body;
     assert!(metrics.contains("flash_moe_texts_total{ended=\"disconnected\"} 2"), "{metrics}");
     assert!(metrics.contains("route=\"/v1/chat/completions\",status=\"429\"} 1"), "{metrics}");
     assert!(metrics.contains("flash_moe_context_tokens_used 0\n"), "{metrics}");
+}
+
+#[test]
+fn texts_at_once_go_through_the_layers_together_and_a_long_prompt_lets_others_pass() {
+    let asked = |i: usize| {
+        json!({ "messages": [{ "role": "user", "content": format!("Story {i}, please.") }],
+                "max_tokens": 80, "temperature": 0, "enable_thinking": false,
+                "logit_bias": { "4085": -100, "4083": -100 } })
+    };
+    let fetched = |parallel: &str| {
+        let server = Server::start(&["--parallel", parallel, "--prefix-memory", "0"]);
+        let streams = (0..8).map(|i| server.send("POST", CHAT, &[], &asked(i).to_string()));
+        for stream in streams.collect::<Vec<_>>() {
+            assert_eq!(read_answer(stream).status, 200);
+        }
+        let live = server.get("/live").json();
+        let heat = live["heat"].as_array().expect("layers").iter();
+        let uses = heat.flat_map(|layer| layer["uses"].as_array().expect("experts").clone());
+        uses.map(|uses| uses.as_u64().expect("a count")).sum::<u64>()
+    };
+    // An expert that several texts want is fetched once for all of them.
+    let (alone, together) = (fetched("1"), fetched("8"));
+    assert!(10 * together < 9 * alone, "{together} together, {alone} one after the other");
+
+    let server = Server::start(&["--parallel", "2", "--prefill-chunk", "16"]);
+    let long = json!({ "messages": [{ "role": "user", "content": "word ".repeat(1500) }],
+                       "max_tokens": 2, "stream": true });
+    let reading = server.send("POST", CHAT, &[], &long.to_string());
+    read_until(&reading, ": prompt ");
+    server.ask(CHAT, &short());
+    let metrics = server.get("/metrics").body;
+    let computed = metrics.lines().find_map(|l| l.strip_prefix("flash_moe_prompt_tokens_total "));
+    let computed: f64 = computed.expect("a counter").parse().expect("a number");
+    assert!(computed < 1000.0, "{computed} tokens of the long prompt came first");
 }
 
 #[test]

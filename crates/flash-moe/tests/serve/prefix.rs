@@ -193,6 +193,13 @@ fn states(dir: &Path) -> Vec<PathBuf> {
     files.map(|file| file.path()).filter(|p| p.extension().is_some_and(|e| e == "state")).collect()
 }
 
+/// The file of answers.
+fn answers(dir: &Path) -> Option<PathBuf> {
+    let mut files =
+        std::fs::read_dir(dir).expect("the directory").map(|f| f.expect("a file").path());
+    files.find(|path| path.extension().is_some_and(|e| e == "log"))
+}
+
 fn wait_until_written(server: &Server) {
     server.wait_until(|_| metric(server, "flash_moe_prefix_writing") == 0);
 }
@@ -308,7 +315,7 @@ fn damaged_files_are_removed_with_a_warning_and_answers_are_the_same() {
         |bytes| bytes.clear(),
     ];
     for spoil in damage {
-        for path in states(&dir).into_iter().chain([dir.join("turns.log")]) {
+        for path in states(&dir).into_iter().chain(answers(&dir)) {
             let mut bytes = std::fs::read(&path).expect("a file");
             spoil(&mut bytes);
             std::fs::write(&path, bytes).expect("a file");
@@ -337,10 +344,110 @@ fn the_directory_stays_within_its_bound() {
         let sum: u64 = states(&dir).iter().map(|p| p.metadata().expect("a file").len()).sum();
         assert!(sum > 0 && sum <= 4 << 20, "{sum}");
     }
+    drop(server);
     let server = Server::start(&["--state-dir", &text(&dir), "--state-dir-size", "1KiB"]);
     assert!(states(&dir).is_empty());
     drop(server);
     let blocked = home.write("file", "not a directory");
     let said = home.refuse(&["serve", "--port", "0", "--state-dir", &blocked]);
     assert!(said.contains(&blocked), "{said}");
+}
+
+#[test]
+fn a_directory_belongs_to_one_process() {
+    let home = Home::new();
+    let dir = text(&home.path("states"));
+    let server = Server::start(&["--state-dir", &dir]);
+    let said = home.refuse(&["serve", "--port", "0", "--memory", "600MiB", "--state-dir", &dir]);
+    assert!(said.contains(&dir) && said.contains("another process"), "{said}");
+    drop(server);
+    Server::start(&["--state-dir", &dir]);
+}
+
+/// A state that cannot be read is not one that is damaged.
+#[cfg(unix)]
+#[test]
+fn files_that_cannot_be_read_stay() {
+    let home = Home::new();
+    let dir = home.path("states");
+    let flags = ["--state-dir", &text(&dir)];
+    let messages = [system(), user("Tell me a story.")];
+    let server = Server::start(&flags);
+    ask(&server, &messages, &json!({}));
+    log_of(server);
+    let files: Vec<PathBuf> = states(&dir).into_iter().chain(answers(&dir)).collect();
+    assert!(files.len() > 2, "{files:?}");
+    let aside = |path: &Path| PathBuf::from(format!("{}.aside", text(path)));
+    for path in &files {
+        std::fs::rename(path, aside(path)).expect("a file");
+        std::fs::create_dir(path).expect("a directory in its place");
+    }
+    let server = Server::start(&flags);
+    assert_eq!(usage(&ask(&server, &messages, &json!({}))).1, 0);
+    let log = log_of(server);
+    assert!(log.contains("is not used") && !log.contains("is removed"), "{log}");
+    for path in &files {
+        std::fs::remove_dir(path).expect("the directory is still there");
+        std::fs::rename(aside(path), path).expect("a file");
+    }
+    assert!(usage(&ask(&Server::start(&flags), &messages, &json!({}))).1 > 0);
+
+    // Nor is one of another version of the layout.
+    for path in states(&dir) {
+        let mut bytes = std::fs::read(&path).expect("a file");
+        bytes[8] = 99;
+        std::fs::write(&path, bytes).expect("a file");
+    }
+    let before = states(&dir).len();
+    let server = Server::start(&flags);
+    assert_eq!(states(&dir).len(), before);
+    let log = log_of(server);
+    assert!(log.contains("version 99"), "{log}");
+}
+
+/// A text that runs to the end of the time leaves none for what is written after it.
+#[test]
+fn what_is_kept_is_written_although_a_text_runs_on() {
+    let home = Home::new();
+    let dir = home.path("states");
+    let server = Server::start(&["--state-dir", &text(&dir), "--shutdown-timeout", "3"]);
+    for question in ["Tell me a story.", "Why is it dark?"] {
+        ask(&server, &[system(), user(question)], &json!({}));
+    }
+    let long = json!({ "messages": [user("Go on.")], "stream": true, "max_tokens": 2000,
+        "enable_thinking": false, "logit_bias": { "4085": -100, "4083": -100 } });
+    let running = server.send("POST", CHAT, &[], &long.to_string());
+    read_until(&running, "\"content\":\"");
+    let log = log_of(server);
+    assert!(log.contains("ended=shutdown"), "the text was still running: {log}");
+    assert!(!log.contains("not written"), "{log}");
+    assert!(states(&dir).len() > 2, "{:?}", states(&dir));
+}
+
+/// A state on a disk that does not answer: whoever reads a pipe waits for somebody to write.
+#[cfg(unix)]
+#[test]
+fn no_other_text_waits_for_a_state_that_is_read_and_neither_does_the_end() {
+    let home = Home::new();
+    let dir = home.path("states");
+    let flags = ["--state-dir", &text(&dir), "--shutdown-timeout", "1"];
+    let messages = [system(), user("Tell me a story.")];
+    let server = Server::start(&flags);
+    ask(&server, &messages, &json!({}));
+    log_of(server);
+    let server = Server::start(&flags);
+    for path in states(&dir) {
+        std::fs::remove_file(&path).expect("a file");
+        let made = std::process::Command::new("mkfifo").arg(&path).status().expect("mkfifo");
+        assert!(made.success());
+    }
+    let body = json!({ "messages": messages, "max_tokens": 4, "temperature": 0,
+        "enable_thinking": false, "tools": [lamp()] });
+    let waiting = server.send("POST", CHAT, &[], &body.to_string());
+    server.wait_until(|health| health["live"] == 1);
+    let other = json!({ "messages": [user("Hello")], "max_tokens": 4 });
+    server.ask(CHAT, &other);
+    assert_eq!(server.get("/health").json()["live"], 1, "the first waits still");
+    log_of(server);
+    drop(waiting);
 }

@@ -19,7 +19,7 @@ use crate::run::report::current_memory;
 use crate::serve::api::request::{self, OfferedTool, Prepared, Wishes};
 use crate::serve::metrics::Metrics;
 use crate::serve::model::Model;
-use crate::serve::prefix::PrefixStore;
+use crate::serve::prefix::{PrefixStore, WhenTaken};
 use crate::serve::schedule::{self, Finish, Origin, Refused, Schedule};
 
 /// How long the states of the model may take to be written when the chat ends.
@@ -50,7 +50,7 @@ impl Local {
         let hot_set = args.hot_set.file(model.engine.container());
         hot_set.iter().for_each(|file| file.load(&model.engine));
         let metrics = Arc::new(Metrics::new());
-        let prefixes = PrefixStore::open(&model, &metrics, &prefixes)?;
+        let prefixes = PrefixStore::open(&model, &metrics, &prefixes, WhenTaken::GoWithout)?;
         let schedule =
             Schedule::start(&model, &metrics, prefixes, 1, 1).context("the engine's thread")?;
         Ok(Self { model, schedule, hot_set })

@@ -6,14 +6,17 @@
 //! kind continues go first, then those not used for longest; the latter are handed to the thread that
 //! writes to disk, where there is a directory. Refuses to hold more than the bound, were it for one checkpoint alone.
 
+mod lock;
 mod state_dir;
 mod turn_log;
 mod writer;
 
+use std::cmp::Reverse;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use flash_moe_engine::session::{Checkpoint, Identity};
 use flash_moe_engine::shape::TokenId;
 
@@ -21,10 +24,12 @@ use super::log;
 use super::metrics::Metrics;
 use super::model::Model;
 use super::turns::Turn;
+use crate::convert::files::make_directory;
 use crate::options::serve::PrefixArgs;
 use state_dir::StateDir;
 use turn_log::TurnLog;
-use writer::Writer;
+pub use writer::{Loading, Placed};
+use writer::{Stored, Writer};
 
 /// Fewer tokens are computed again rather than kept.
 pub const TOKENS_MIN: usize = 16;
@@ -59,6 +64,25 @@ pub struct PrefixStore {
     uses: u64,
     bytes_max: u64,
     disk: Option<Writer>,
+}
+
+/// What a store does about a directory that another process has.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum WhenTaken {
+    /// It is not opened.
+    Refuse,
+    /// It goes without, and says so.
+    GoWithout,
+}
+
+/// What is kept of a prompt.
+pub enum Known {
+    /// The longest checkpoint that it begins with, if there is one.
+    Checkpoint(Option<Checkpoint>),
+    /// It comes from the disk; [`PrefixStore::take`] takes it.
+    Coming(Loading),
+    /// Another text waits for it; ask again.
+    Awaited,
 }
 
 struct Kept {
@@ -104,18 +128,17 @@ impl PrefixStore {
     /// that of the model's memory plan.
     ///
     /// # Errors
-    /// The directory cannot be read.
-    pub fn open(model: &Arc<Model>, metrics: &Arc<Metrics>, args: &PrefixArgs) -> Result<Self> {
-        let disk = args.state_dir.as_ref().map(|dir| {
-            let engine = &model.engine;
-            let files = StateDir::open(dir, args.state_dir_size, engine)?;
-            let owner = Identity::of(engine.container(), engine.options());
-            let answers = TurnLog::open(dir, &model.turns, &owner);
-            let bytes_max = model.prefix_bytes.waiting;
-            let writer = Writer::start(files, answers, model, metrics, bytes_max);
-            writer.context("the thread that writes states")
-        });
-        let (model, metrics, disk) = (Arc::clone(model), Arc::clone(metrics), disk.transpose()?);
+    /// The directory cannot be read, or another process has it and that is refused.
+    pub fn open(
+        model: &Arc<Model>,
+        metrics: &Arc<Metrics>,
+        args: &PrefixArgs,
+        when_taken: WhenTaken,
+    ) -> Result<Self> {
+        let dir = args.state_dir.as_deref();
+        let disk = dir.map(|dir| open_dir(dir, args.state_dir_size, model, metrics, when_taken));
+        let disk = disk.transpose()?.flatten();
+        let (model, metrics) = (Arc::clone(model), Arc::clone(metrics));
         let bytes_max = model.prefix_bytes.kept;
         Ok(Self { model, metrics, kept: Vec::new(), uses: 0, bytes_max, disk })
     }
@@ -131,23 +154,32 @@ impl PrefixStore {
         found.map(|kept| kept.checkpoint.position()).max().unwrap_or(0)
     }
 
-    /// The longest checkpoint that `prompt` begins with.
-    pub fn longest(&mut self, prompt: &[TokenId]) -> Option<Checkpoint> {
+    /// The longest checkpoint that `prompt` begins with. Never waits for the disk.
+    pub fn longest(&mut self, prompt: &[TokenId]) -> Known {
         let position = self.longest_position(prompt);
         let disk = self.disk.as_ref();
-        if let Some((checkpoint, place)) =
-            disk.and_then(|disk| disk.longest(prompt, position + TOKENS_MIN, &self.model))
-        {
-            self.metrics.prefix_loads.add(1);
-            self.insert(Arc::clone(&checkpoint), place, true);
-            return Some(Checkpoint::clone(&checkpoint));
+        let stored = disk.map(|disk| disk.longest(prompt, position + TOKENS_MIN, &self.model));
+        match stored {
+            Some(Stored::Here(state)) => return Known::Checkpoint(Some(self.take(state))),
+            Some(Stored::Coming(loading)) => return Known::Coming(loading),
+            Some(Stored::Awaited) => return Known::Awaited,
+            Some(Stored::Nothing) | None => {}
         }
         self.uses += 1;
         let found = self.kept.iter_mut().find(|kept| {
             kept.checkpoint.position() == position && prompt.starts_with(kept.checkpoint.tokens())
-        })?;
-        found.used = self.uses;
-        Some(Checkpoint::clone(&found.checkpoint))
+        });
+        Known::Checkpoint(found.map(|found| {
+            found.used = self.uses;
+            Checkpoint::clone(&found.checkpoint)
+        }))
+    }
+
+    /// Keeps a state that came from the disk or was on its way there, and gives it.
+    pub fn take(&mut self, (checkpoint, place): Placed) -> Checkpoint {
+        self.metrics.prefix_loads.add(1);
+        self.insert(Arc::clone(&checkpoint), place, true);
+        Checkpoint::clone(&checkpoint)
     }
 
     /// Keeps the point at which `tokens` have been taken; `make` makes it if it is not there yet.
@@ -174,20 +206,31 @@ impl PrefixStore {
 
     /// Remembers an answer, for conversations that repeat it.
     pub fn record(&self, turn: Turn) {
-        // First, because a file that is written anew gets what is remembered.
+        // Before the file, because one that is written anew gets what is remembered.
         self.model.turns.record(turn.clone());
         if let Some(disk) = &self.disk {
             disk.record(turn);
         }
     }
 
-    /// Writes what is worth it to disk, all but the points that a later one of their kind continues,
-    /// and gives the rest up then.
-    pub fn save_all(&mut self, until: Instant) {
-        while !self.kept.is_empty() {
-            let goes = self.first_to_go();
-            self.evict(goes, Writer::keep_last);
+    /// Has written what is worth it and is not on disk yet, all but the points that a later one of
+    /// their kind continues; what was used last goes first. Nothing is given up.
+    pub fn write_all(&mut self) {
+        let Some(disk) = &self.disk else { return };
+        let mut order: Vec<usize> = (0..self.kept.len()).collect();
+        order.sort_by_key(|&index| Reverse(self.kept[index].used));
+        for index in order {
+            if !self.kept[index].is_on_disk && !self.is_continued(index) {
+                let kept = &mut self.kept[index];
+                kept.is_on_disk = true;
+                disk.keep_last(Arc::clone(&kept.checkpoint), kept.place);
+            }
         }
+    }
+
+    /// As [`PrefixStore::write_all`], and waits until it is written, or until then.
+    pub fn save_all(&mut self, until: Instant) {
+        self.write_all();
         let left = self.disk.as_ref().map_or(0, |disk| disk.finish(until));
         if left > 0 {
             let why = "states and answers are not written, the time of --shutdown-timeout is over";
@@ -198,13 +241,16 @@ impl PrefixStore {
     fn insert(&mut self, checkpoint: Arc<Checkpoint>, place: Place, is_on_disk: bool) {
         self.uses += 1;
         self.kept.push(Kept { checkpoint, place, used: self.uses, is_on_disk });
-        while self.bytes() > self.bytes_max {
-            let goes = self.first_to_go();
-            self.evict(goes, Writer::keep);
+        while !self.kept.is_empty() && self.bytes() + self.excess() > self.bytes_max {
+            self.evict(self.first_to_go());
             self.metrics.prefix_evictions.add(1);
         }
         self.metrics.prefixes.set(self.kept.len() as u64);
         self.metrics.prefix_bytes.set(self.bytes());
+    }
+
+    fn excess(&self) -> u64 {
+        self.disk.as_ref().map_or(0, Writer::excess)
     }
 
     fn bytes(&self) -> u64 {
@@ -228,14 +274,39 @@ impl PrefixStore {
         })
     }
 
-    /// Lets one go; `write` is how it comes to disk if it is worth it.
-    fn evict(&mut self, index: usize, write: impl Fn(&Writer, Arc<Checkpoint>, Place)) {
+    /// Lets one go, to the disk if it is worth it.
+    fn evict(&mut self, index: usize) {
         let is_continued = self.is_continued(index);
         let Kept { checkpoint, place, is_on_disk, .. } = self.kept.swap_remove(index);
         if let Some(disk) = self.disk.as_ref().filter(|_| !is_on_disk && !is_continued) {
-            write(disk, checkpoint, place);
+            disk.keep(checkpoint, place);
         }
     }
+}
+
+/// The directory and its thread; none if another process has it and one may go without.
+fn open_dir(
+    dir: &Path,
+    bytes_max: u64,
+    model: &Arc<Model>,
+    metrics: &Arc<Metrics>,
+    when_taken: WhenTaken,
+) -> Result<Option<Writer>> {
+    make_directory(dir)?;
+    let Some(lock) = lock::take(dir)? else {
+        let taken = format!("{} belongs to another process that runs", dir.display());
+        if when_taken == WhenTaken::Refuse {
+            bail!("{taken}; give each server a --state-dir of its own");
+        }
+        log::note(&format!("note: {taken}; no states are kept here"));
+        return Ok(None);
+    };
+    let engine = &model.engine;
+    let files = StateDir::open(dir, lock, bytes_max, engine)?;
+    let owner = Identity::of(engine.container(), engine.options());
+    let answers = TurnLog::open(dir, &model.turns, &owner);
+    let writer = Writer::start(files, answers, model, metrics);
+    writer.context("the thread that writes states").map(Some)
 }
 
 #[cfg(test)]

@@ -2,25 +2,28 @@
 //!
 //! Owns the files `prefix-PLACE-HASH.state` of one directory, in the layout of `--save-state`, and their
 //! sum, which stays within a bound: those not used for longest are removed. At the start only
-//! headers and tokens are read. One thread looks states up while another writes them, and neither
-//! waits for what the other does on the disk. A file that is damaged is removed with a warning, and one of
-//! another model or other settings is left alone until the bound removes it. Nothing here is ever
+//! headers and tokens are read. Threads read and write states without waiting for what others do on
+//! the disk. A file that is damaged is removed with a warning; one of another model or other settings, or
+//! that could not be read, is left alone until the bound removes it. Nothing here is ever
 //! an error of a request: what cannot be read is computed again.
 
 use std::fs::File;
 use std::io::BufReader;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
-use anyhow::{Context, Error, Result, ensure};
+use anyhow::{Context, Error, Result, anyhow, ensure};
+use flash_moe_engine::Error as EngineError;
 use flash_moe_engine::engine::Engine;
 use flash_moe_engine::session::{Checkpoint, StateReader};
 use flash_moe_engine::shape::TokenId;
 use xxhash_rust::xxh3::Xxh3Default;
 
 use super::Place;
-use crate::convert::files::{make_directory, remove_partial_files};
+use super::lock::Lock;
+use crate::convert::files::remove_partial_files;
 use crate::serve::log;
 use crate::state_file::NewState;
 
@@ -34,58 +37,82 @@ pub struct StateDir {
     dir: PathBuf,
     bytes_max: u64,
     files: Mutex<Vec<StateFile>>, // least recently used first
+    _lock: Lock,
 }
 
-struct StateFile {
+/// A file of the directory.
+#[derive(Clone)]
+pub struct StateFile {
     path: PathBuf,
     bytes: u64,
     place: Place,
-    tokens: Vec<TokenId>, // none: of another model or other settings
+    tokens: Vec<TokenId>, // none: not to be used
+    is_read: bool,        // by a thread, now
+}
+
+/// What the directory has for a prompt.
+pub enum Claim {
+    /// Nothing.
+    Nothing,
+    /// A state that somebody reads already.
+    Taken,
+    /// A state that the caller is to [`StateDir::load`].
+    Yours(StateFile),
 }
 
 impl StateDir {
-    /// Reads what there is; makes the directory if there is none.
+    /// Reads what there is in a directory of one's own.
     ///
     /// # Errors
-    /// The directory cannot be made or listed.
-    pub fn open(dir: &Path, bytes_max: u64, engine: &Engine) -> Result<Self> {
-        make_directory(dir)?;
+    /// The directory cannot be listed or written.
+    pub fn open(dir: &Path, lock: Lock, bytes_max: u64, engine: &Engine) -> Result<Self> {
         remove_partial_files(dir)?;
         let mut found: Vec<(SystemTime, StateFile)> = Vec::new();
         for entry in std::fs::read_dir(dir).with_context(|| dir.display().to_string())? {
             let path = entry.with_context(|| dir.display().to_string())?.path();
             let Some(place) = place_of(&path) else { continue };
-            match indexed(&path, place, engine) {
-                Ok(file) => found.push(file),
-                Err(error) => remove_damaged(&path, &error),
-            }
+            let tokens = tokens_of(&path, engine).map_or_else(|e| spared(&path, &e), Some);
+            let (Some(tokens), Ok(data)) = (tokens, path.metadata()) else { continue };
+            let time = data.modified().unwrap_or(SystemTime::UNIX_EPOCH);
+            let bytes = data.len();
+            found.push((time, StateFile { path, bytes, place, tokens, is_read: false }));
         }
         found.sort_by_key(|(time, _)| *time);
         let files = found.into_iter().map(|(_, file)| file).collect();
-        let all = Self { dir: dir.into(), bytes_max, files: Mutex::new(files) };
+        let all = Self { dir: dir.into(), bytes_max, files: Mutex::new(files), _lock: lock };
         all.trim();
         Ok(all)
     }
 
     /// The longest state of at least `least` tokens that `prompt` begins with.
-    pub fn longest(
-        &self,
-        prompt: &[TokenId],
-        least: usize,
-        engine: &Engine,
-    ) -> Option<(Checkpoint, Place)> {
-        loop {
-            // While it is read it is not listed, so that it is not removed either.
-            let file = take_longest(&mut self.lock(), prompt, least)?;
-            match load(&file, engine) {
-                Ok(checkpoint) => {
-                    let place = file.place;
-                    self.list(file);
-                    return Some((checkpoint, place));
-                }
-                Err(error) => remove_damaged(&file.path, &error),
+    pub fn claim(&self, prompt: &[TokenId], least: usize) -> Claim {
+        let mut files = self.lock();
+        let fits = |file: &&mut StateFile| {
+            file.tokens.len() >= least.max(1) && prompt.starts_with(&file.tokens)
+        };
+        match files.iter_mut().filter(fits).max_by_key(|file| file.tokens.len()) {
+            None => Claim::Nothing,
+            Some(file) if file.is_read => Claim::Taken,
+            Some(file) => {
+                file.is_read = true;
+                Claim::Yours(file.clone())
             }
         }
+    }
+
+    /// Reads a claimed state, which takes as long as the disk needs. What goes wrong is a warning, and
+    /// the file is not used again.
+    pub fn load(&self, file: StateFile, engine: &Engine) -> Option<(Checkpoint, Place)> {
+        // A file that stayed claimed would be waited for without end.
+        let read = catch_unwind(AssertUnwindSafe(|| load(&file, engine)));
+        let (tokens, loaded) = match read.unwrap_or_else(|_| Err(anyhow!("reading it failed"))) {
+            Ok(checkpoint) => (Some(checkpoint.tokens().to_vec()), Some((checkpoint, file.place))),
+            Err(error) => (spared(&file.path, &error), None),
+        };
+        let mut files = self.lock();
+        files.retain(|other| other.path != file.path);
+        files.extend(tokens.map(|tokens| StateFile { tokens, is_read: false, ..file }));
+        loaded
     }
 
     /// Writes a checkpoint; one that it continues from the same place is no longer needed. What goes
@@ -112,18 +139,17 @@ impl StateDir {
                         && !file.tokens.is_empty()
                         && tokens.starts_with(&file.tokens)
                 });
-                self.list(StateFile { path, bytes, place, tokens: tokens.to_vec() });
+                self.lock().push(StateFile {
+                    path,
+                    bytes,
+                    place,
+                    tokens: tokens.to_vec(),
+                    is_read: false,
+                });
                 self.trim();
             }
             Err(error) => log::note(&format!("warning: a prefix is not kept on disk: {error:#}")),
         }
-    }
-
-    /// Lists a file as the one used last; it was perhaps written anew while it was not listed.
-    fn list(&self, file: StateFile) {
-        let mut files = self.lock();
-        files.retain(|other| other.path != file.path);
-        files.push(file);
     }
 
     /// Removes what has not been used for longest until the rest is within the bound.
@@ -136,7 +162,9 @@ impl StateDir {
         });
     }
 
-    fn remove_all(&self, goes: impl FnMut(&mut StateFile) -> bool) {
+    /// Removes files, but none that is being read.
+    fn remove_all(&self, mut goes: impl FnMut(&StateFile) -> bool) {
+        let goes = |file: &mut StateFile| !file.is_read && goes(file);
         let gone: Vec<StateFile> = self.lock().extract_if(.., goes).collect();
         gone.iter().for_each(|file| remove(&file.path));
     }
@@ -146,29 +174,18 @@ impl StateDir {
     }
 }
 
-fn take_longest(files: &mut Vec<StateFile>, prompt: &[TokenId], least: usize) -> Option<StateFile> {
-    let fits =
-        |file: &StateFile| file.tokens.len() >= least.max(1) && prompt.starts_with(&file.tokens);
-    let fitting = files.iter().enumerate().filter(|(_, file)| fits(file));
-    let (at, _) = fitting.max_by_key(|(_, file)| file.tokens.len())?;
-    Some(files.remove(at))
-}
-
 /// The place in the name of a file, if it is one of ours.
 fn place_of(path: &Path) -> Option<Place> {
     let name = path.file_name()?.to_str()?.strip_prefix(PREFIX)?.strip_suffix(ENDING)?;
     Place::named(name.split_once('-')?.0)
 }
 
-/// When a file was used last, and what it holds.
-fn indexed(path: &Path, place: Place, engine: &Engine) -> Result<(SystemTime, StateFile)> {
-    let file = File::open(path)?;
-    let data = file.metadata()?;
-    let reader = StateReader::new(BufReader::with_capacity(BUFFER_BYTES, file))?;
+/// What a file's state has taken; none of another model, other settings or another build.
+fn tokens_of(path: &Path, engine: &Engine) -> Result<Vec<TokenId>> {
+    let reader = StateReader::new(BufReader::with_capacity(BUFFER_BYTES, File::open(path)?))?;
     let fits = reader.identity().check(engine.container(), engine.options()).is_ok()
         && reader.position() <= engine.context();
-    let tokens = if fits { reader.tokens()? } else { Vec::new() };
-    Ok((data.modified()?, StateFile { path: path.into(), bytes: data.len(), place, tokens }))
+    Ok(if fits { reader.tokens()? } else { Vec::new() })
 }
 
 fn load(file: &StateFile, engine: &Engine) -> Result<Checkpoint> {
@@ -179,6 +196,16 @@ fn load(file: &StateFile, engine: &Engine) -> Result<Checkpoint> {
     // Its time is that of its last use. Where that cannot be set it is removed earlier, no more.
     File::options().append(true).open(&file.path)?.set_modified(SystemTime::now()).unwrap_or(());
     Ok(checkpoint)
+}
+
+/// Removes a file that is damaged. One that is not stays, as of no use: no tokens.
+fn spared(path: &Path, error: &Error) -> Option<Vec<TokenId>> {
+    if matches!(error.downcast_ref(), Some(EngineError::State(_))) {
+        remove_damaged(path, error);
+        return None;
+    }
+    log::note(&format!("warning: {}: {error:#}; it is not used", path.display()));
+    Some(Vec::new())
 }
 
 /// Removes a file that cannot be used, with a warning.

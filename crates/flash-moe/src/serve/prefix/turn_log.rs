@@ -1,9 +1,10 @@
 //! Answers in a file, a line for each as it is given.
 //!
-//! Owns `turns.log` of a state directory: a first line that says whose answers they are, then one JSON
-//! line an answer, each behind its checksum. Lines are only appended, so a process that is killed loses
-//! no more than the line it was writing; a file that has grown too far, or was damaged, is written anew
-//! from the answers that are remembered. Nothing here is ever an error of a request.
+//! Owns the files `turns-OWNER.log` of a state directory, of which a process uses the one whose OWNER stands
+//! for its model and settings: a first line that says the same in full, then one JSON line an answer, each
+//! behind its checksum. Lines are only appended, so a process that is killed loses no more than the
+//! line it was writing; a file that has grown too far, or was damaged, is written anew from the
+//! answers that are remembered. Nothing here is ever an error of a request.
 
 use std::fmt::Write as _;
 use std::fs::File;
@@ -19,9 +20,7 @@ use crate::convert::files::write_whole;
 use crate::serve::log;
 use crate::serve::turns::{Turn, Turns};
 
-/// Name of the file.
-const NAME: &str = "turns.log";
-/// Bytes appended after which the file is written anew.
+/// Bytes beyond what is remembered at which the file is written anew.
 const GROWTH_MAX: usize = 16 << 20;
 /// Hexadecimal digits of a line's checksum.
 const SUM_DIGITS: usize = 16;
@@ -32,28 +31,40 @@ pub struct TurnLog {
     owner: String,
     file: Option<File>, // none: it is to be written anew
     grown: usize,       // bytes since it was
+    is_closed: bool,    // it is not touched
 }
 
 impl TurnLog {
-    /// Reads what there is into `turns`. A damaged file is a warning; answers of another model or
-    /// other settings are none, and make room for the first one of this.
+    /// Reads what there is into `turns`. A file that is damaged is removed with a warning; one that
+    /// cannot be read is left alone, and then nothing is written either.
     pub fn open(dir: &Path, turns: &Turns, owner: &Identity) -> Self {
         let owner = serde_json::to_string(owner).expect("numbers and texts have a JSON form");
-        let mut log = Self { path: dir.join(NAME), owner, file: None, grown: 0 };
-        let text = match std::fs::read(&log.path) {
-            Err(error) if error.kind() == ErrorKind::NotFound => return log,
-            read => read.context("reading").and_then(|bytes| Ok(String::from_utf8(bytes)?)),
+        let path = dir.join(format!("turns-{:016x}.log", xxh3_64(owner.as_bytes())));
+        let mut log = Self { path, owner, file: None, grown: 0, is_closed: false };
+        let bytes = match std::fs::read(&log.path) {
+            Ok(bytes) => bytes,
+            Err(error) => {
+                if error.kind() != ErrorKind::NotFound {
+                    log.is_closed = true;
+                    let why = "answers are neither known from before nor kept on disk";
+                    log::note(&format!("warning: {}: {error}; {why}", log.path.display()));
+                }
+                return log;
+            }
         };
-        match text.and_then(|text| log.take(&text, turns)) {
-            Ok(()) => {}
-            Err(error) => remove_damaged(&log.path, &error),
+        let text = String::from_utf8(bytes).context("is no text");
+        if let Err(error) = text.and_then(|text| log.take(&text, turns)) {
+            remove_damaged(&log.path, &error);
         }
         log
     }
 
-    /// Adds answers; `all` are those that are remembered, these among them. What goes wrong is a warning, and the file is
-    /// written anew the next time.
+    /// Adds answers; `all` are those that are remembered, these among them. What goes wrong is a
+    /// warning, and the file is written anew the next time.
     pub fn append(&mut self, turns: &[Turn], all: &Turns) {
+        if self.is_closed {
+            return;
+        }
         let file = self.file.take().filter(|_| self.grown < GROWTH_MAX);
         let written = match file {
             Some(file) => self.extend(file, turns),
@@ -67,9 +78,7 @@ impl TurnLog {
     fn take(&mut self, text: &str, turns: &Turns) -> Result<()> {
         let mut lines = text.split_inclusive('\n');
         let owner = checked(lines.next().unwrap_or("")).context("is no file of answers")?;
-        if owner != self.owner {
-            return Ok(());
-        }
+        ensure!(owner == self.owner, "holds the answers of another model");
         let (mut damaged, mut is_cut) = (0, false);
         for line in lines {
             // A process that was killed leaves the beginning of a line.
@@ -86,6 +95,7 @@ impl TurnLog {
         } else if !is_cut {
             // One that cannot be opened is written anew.
             self.file = File::options().append(true).open(&self.path).ok();
+            self.grown = text.len().saturating_sub(self.text_of(&turns.list()).len());
         }
         Ok(())
     }
@@ -102,13 +112,18 @@ impl TurnLog {
     }
 
     fn rewrite(&mut self, turns: &[Turn]) -> Result<()> {
-        let mut text = String::new();
-        push_line(&mut text, &self.owner);
-        turns.iter().for_each(|turn| push_turn(&mut text, turn));
-        write_whole(&self.path, text.as_bytes())?;
+        write_whole(&self.path, self.text_of(turns).as_bytes())?;
         self.grown = 0;
         self.file = Some(File::options().append(true).open(&self.path)?);
         Ok(())
+    }
+
+    /// The file of these answers.
+    fn text_of(&self, turns: &[Turn]) -> String {
+        let mut text = String::new();
+        push_line(&mut text, &self.owner);
+        turns.iter().for_each(|turn| push_turn(&mut text, turn));
+        text
     }
 }
 
@@ -164,10 +179,9 @@ mod tests {
     #[test]
     fn answers_are_there_after_any_end_but_for_what_is_damaged() {
         let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join(NAME);
         let (mut log, all) = opened(dir.path(), "a");
         append(&mut log, &all, 0..4);
-        let whole = std::fs::read(&path).unwrap();
+        let whole = std::fs::read(&log.path).unwrap();
         let line = whole.len() - 1;
         for (cut, flipped, expected) in [
             (line, None, vec![0, 1, 2]),
@@ -178,7 +192,7 @@ mod tests {
         ] {
             let mut bytes = whole[..cut].to_vec();
             flipped.into_iter().for_each(|at: usize| bytes[at] ^= 1);
-            std::fs::write(&path, bytes).unwrap();
+            std::fs::write(&log.path, bytes).unwrap();
             let (mut log, all) = opened(dir.path(), "a");
             let mut expected: Vec<Turn> = expected.into_iter().map(turn).collect();
             assert_eq!(all.list(), expected, "{cut} {flipped:?}");
@@ -189,21 +203,46 @@ mod tests {
     }
 
     #[test]
-    fn a_file_of_another_model_makes_room_and_one_that_has_grown_is_written_anew() {
+    fn models_have_files_of_their_own() {
+        let dir = tempfile::tempdir().unwrap();
+        for model in ["a", "b"] {
+            let (mut log, all) = opened(dir.path(), model);
+            assert_eq!(all.list(), []);
+            append(&mut log, &all, 0..2);
+        }
+        for model in ["a", "b"] {
+            assert_eq!(opened(dir.path(), model).1.list(), [turn(0), turn(1)]);
+        }
+    }
+
+    #[test]
+    fn a_file_that_has_grown_is_written_anew_in_whatever_run() {
         let dir = tempfile::tempdir().unwrap();
         let (mut log, all) = opened(dir.path(), "a");
         append(&mut log, &all, 0..2);
-        let (mut log, all) = opened(dir.path(), "b");
-        assert_eq!(all.list(), []);
-        append(&mut log, &all, 2..3);
-        assert_eq!(opened(dir.path(), "a").1.list(), []);
-        // The same answers again and again take no more room than once.
-        append(&mut log, &all, (0..40).map(|number| number % 2));
-        let bytes = || std::fs::metadata(dir.path().join(NAME)).unwrap().len();
-        let long = bytes();
-        log.grown = GROWTH_MAX;
-        append(&mut log, &all, 3..4);
-        assert!(bytes() < long / 4, "{} of {long}", bytes());
-        assert_eq!(opened(dir.path(), "b").1.list(), all.list());
+        let bytes = || std::fs::metadata(&log.path).unwrap().len() as usize;
+        let short = bytes();
+        // The same answers again and again, in one run and another.
+        let mut text = std::fs::read_to_string(&log.path).unwrap();
+        let lines = text.split_once('\n').unwrap().1.to_string();
+        while text.len() < short + GROWTH_MAX {
+            text += &lines;
+        }
+        std::fs::write(&log.path, text).unwrap();
+        let (mut log, all) = opened(dir.path(), "a");
+        assert_eq!(all.list(), [turn(0), turn(1)]);
+        append(&mut log, &all, 1..3);
+        assert!(bytes() < 2 * short, "{} of {short}", bytes());
+        assert_eq!(opened(dir.path(), "a").1.list(), all.list());
+    }
+
+    #[test]
+    fn a_file_that_cannot_be_read_is_left_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = opened(dir.path(), "a").0.path;
+        std::fs::create_dir(&path).unwrap();
+        let (mut log, all) = opened(dir.path(), "a");
+        append(&mut log, &all, 0..1);
+        assert!(path.is_dir());
     }
 }

@@ -1,11 +1,13 @@
 //! The thread that writes states and answers to disk, so that no token waits for one.
 //!
 //! What is to be written waits in a queue bounded in bytes, and serves prompts from there. A state that
-//! finds no room is not written: it is computed again when it is needed. Refuses to be waited for by
-//! anybody but the end of the server, and by that no longer than it says.
+//! finds no room is not written: it is computed again when it is needed. What is to be read is read by
+//! a thread of its own. Refuses to be waited for by anybody but the end of the server, and by that
+//! no longer than it says.
 
 use std::collections::VecDeque;
 use std::io;
+use std::sync::mpsc::{Receiver, TryRecvError, channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Instant;
@@ -14,10 +16,10 @@ use flash_moe_engine::session::Checkpoint;
 use flash_moe_engine::shape::TokenId;
 
 use super::Place;
-use super::state_dir::StateDir;
+use super::state_dir::{Claim, StateDir, StateFile};
 use super::turn_log::TurnLog;
 use crate::serve::metrics::Metrics;
-use crate::serve::model::Model;
+use crate::serve::model::{Model, PrefixBytes};
 use crate::serve::turns::Turn;
 
 /// Answers that wait at once.
@@ -26,7 +28,36 @@ const TURNS_MAX: usize = 1024;
 /// The queue of the thread.
 pub struct Writer {
     shared: Arc<Shared>,
-    bytes_max: u64,
+    bounds: PrefixBytes,
+}
+
+/// A state and where in its conversation it was made.
+pub type Placed = (Arc<Checkpoint>, Place);
+
+/// What waits to be written, and what is written, of use for a prompt.
+pub enum Stored {
+    /// Nothing.
+    Nothing,
+    /// This, in memory.
+    Here(Placed),
+    /// It comes from the disk.
+    Coming(Loading),
+    /// It comes from the disk for somebody else.
+    Awaited,
+}
+
+/// A state that is being read.
+pub struct Loading(Receiver<Option<Placed>>);
+
+impl Loading {
+    /// The state once it is there, nothing if it was of no use; `None` until then.
+    pub fn ended(&self) -> Option<Option<Placed>> {
+        match self.0.try_recv() {
+            Ok(loaded) => Some(loaded),
+            Err(TryRecvError::Empty) => None,
+            Err(TryRecvError::Disconnected) => Some(None),
+        }
+    }
 }
 
 struct Shared {
@@ -38,13 +69,13 @@ struct Shared {
 
 #[derive(Default)]
 struct Queue {
-    states: VecDeque<(Arc<Checkpoint>, Place)>, // the first may be half written
+    states: VecDeque<Placed>, // the first may be half written
     turns: Vec<Turn>,
     writing: usize, // answers
 }
 
 impl Writer {
-    /// Starts the thread. States that wait take at most so many bytes, or are one.
+    /// Starts the thread.
     ///
     /// # Errors
     /// The system has no thread to give.
@@ -53,23 +84,18 @@ impl Writer {
         log: TurnLog,
         model: &Arc<Model>,
         metrics: &Arc<Metrics>,
-        bytes_max: u64,
     ) -> io::Result<Self> {
+        let bounds = model.prefix_bytes;
         let (queue, changed) = (Mutex::default(), Condvar::new());
         let shared = Arc::new(Shared { dir, metrics: Arc::clone(metrics), queue, changed });
         let (own, model) = (Arc::clone(&shared), Arc::clone(model));
         // It ends with the process: what it writes has its name when it is whole, and not before.
         thread::Builder::new().name("states".into()).spawn(move || own.work_off(log, &model))?;
-        Ok(Self { shared, bytes_max })
+        Ok(Self { shared, bounds })
     }
 
     /// The longest state of at least `least` tokens that `prompt` begins with, written or not.
-    pub fn longest(
-        &self,
-        prompt: &[TokenId],
-        least: usize,
-        model: &Model,
-    ) -> Option<(Arc<Checkpoint>, Place)> {
+    pub fn longest(&self, prompt: &[TokenId], least: usize, model: &Arc<Model>) -> Stored {
         let waiting = {
             let queue = self.shared.lock();
             let fits = queue.states.iter().filter(|(state, _)| {
@@ -78,23 +104,54 @@ impl Writer {
             fits.max_by_key(|(state, _)| state.position()).cloned()
         };
         let least = waiting.as_ref().map_or(least, |(state, _)| state.position() + 1);
-        let written = self.shared.dir.longest(prompt, least, &model.engine);
-        written.map(|(state, place)| (Arc::new(state), place)).or(waiting)
+        match self.shared.dir.claim(prompt, least) {
+            Claim::Nothing => waiting.map_or(Stored::Nothing, Stored::Here),
+            Claim::Taken => Stored::Awaited,
+            Claim::Yours(file) => Stored::Coming(self.load(file, model)),
+        }
     }
 
-    /// Has a state written if there is room for it to wait.
+    fn load(&self, file: StateFile, model: &Arc<Model>) -> Loading {
+        let (sender, receiver) = channel();
+        let work = |file: StateFile| {
+            let (shared, model, sender) =
+                (Arc::clone(&self.shared), Arc::clone(model), sender.clone());
+            move || {
+                let loaded = shared.dir.load(file, &model.engine);
+                let loaded = loaded.map(|(state, place)| (Arc::new(state), place));
+                // Whoever asked may have left.
+                sender.send(loaded).unwrap_or(());
+            }
+        };
+        let thread = thread::Builder::new().name("state".into()).spawn(work(file.clone()));
+        if thread.is_err() {
+            work(file)();
+        }
+        Loading(receiver)
+    }
+
+    /// Has a state written if there is room for it to wait: within the bound of those that wait, or, for
+    /// a single one, within that of all of them.
     pub fn keep(&self, checkpoint: Arc<Checkpoint>, place: Place) {
         let mut queue = self.shared.lock();
         let waiting = queue.states.iter().map(|(state, _)| &**state);
         let bytes = Checkpoint::bytes_of_all(waiting.chain([&*checkpoint]));
-        match queue.states.is_empty() || bytes <= self.bytes_max {
+        let alone = if queue.states.is_empty() { self.bounds.kept } else { 0 };
+        match bytes <= self.bounds.waiting + alone {
             true => queue.states.push_back((checkpoint, place)),
             false => self.shared.metrics.prefix_losses.add(1),
         }
         self.shared.tell(&queue);
     }
 
-    /// Has a state written however many wait: nobody needs the memory any more.
+    /// Bytes that wait beyond their bound, and so take room from those that are kept.
+    pub fn excess(&self) -> u64 {
+        let queue = self.shared.lock();
+        let waiting = Checkpoint::bytes_of_all(queue.states.iter().map(|(state, _)| &**state));
+        waiting.saturating_sub(self.bounds.waiting)
+    }
+
+    /// Has a state written however many wait: at the end nobody needs the memory any more.
     pub fn keep_last(&self, checkpoint: Arc<Checkpoint>, place: Place) {
         let mut queue = self.shared.lock();
         queue.states.push_back((checkpoint, place));

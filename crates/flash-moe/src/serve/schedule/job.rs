@@ -16,6 +16,7 @@ use tokio::sync::mpsc::UnboundedSender;
 use super::super::constrain::Constraint;
 use super::super::prefix::Mark;
 use super::super::turns::Before;
+use super::live::Step;
 
 /// A text to generate.
 pub struct Job {
@@ -41,6 +42,22 @@ pub struct Job {
     pub events: UnboundedSender<(usize, Event)>,
     /// Its request, for the log.
     pub origin: Origin,
+}
+
+impl Job {
+    /// Tells whoever listens; one who does not listen any more is noticed at the next step.
+    pub fn tell(&self, event: Event) {
+        self.events.send((self.index, event)).unwrap_or(());
+    }
+
+    /// Why it is not to go on, if it is not.
+    pub fn is_over(&self) -> Option<Step> {
+        if self.events.is_closed() {
+            return Some(Step::Abandoned);
+        }
+        let late = self.limits.deadline.is_some_and(|deadline| Instant::now() >= deadline);
+        late.then_some(Step::Failed(Failure::Timeout))
+    }
 }
 
 /// Where a text ends.

@@ -12,12 +12,12 @@ use flash_moe_engine::engine::Engine;
 use flash_moe_engine::logprobs::logprobs;
 use flash_moe_engine::reply::{Ended, Part, Reply};
 use flash_moe_engine::sampler::Sampler;
-use flash_moe_engine::session::Session;
+use flash_moe_engine::session::{Checkpoint, Session};
 use flash_moe_engine::shape::TokenId;
 use flash_moe_engine::tokenizer::{TokenStream, Tokenizer};
 use flash_moe_engine::{Error, Result};
 
-use super::super::prefix::{Place, PrefixStore};
+use super::super::prefix::{Known, Loading, Place, PrefixStore};
 use super::super::turns::{Said, Turn};
 use super::job::{Event, Failure, Finish, Job, Outcome, Times, TokenLogprobs, Usage};
 
@@ -44,6 +44,7 @@ pub struct Live<'a> {
     chosen: Option<TokenId>, // not taken yet
     has_begun: bool,
     is_torn: bool, // given up in the middle of a chunk: the session is worth nothing
+    loading: Option<Loading>, // what it begins with
     usage: Usage,
     times: Times,
     started: Instant,
@@ -54,7 +55,7 @@ pub struct Live<'a> {
 
 /// What a step came to.
 pub enum Step {
-    /// Another text computes what it needs.
+    /// Another text computes what it needs, or the disk has it.
     Waits,
     /// There is more to do.
     Prefilled(usize),
@@ -90,6 +91,7 @@ impl<'a> Live<'a> {
             chosen: None,
             has_begun: false,
             is_torn: false,
+            loading: None,
             usage,
             times: Times::default(),
             started: Instant::now(),
@@ -125,11 +127,6 @@ impl<'a> Live<'a> {
         self.usage
     }
 
-    /// Tells whoever listens; one who does not listen any more is noticed at the next step.
-    pub fn tell(&self, event: Event) {
-        self.job.events.send((self.job.index, event)).unwrap_or(());
-    }
-
     /// Whether it should wait for a checkpoint that `other`, which is ahead of it, is about to keep.
     pub fn waits_for(&self, other: &Self, prefixes: &PrefixStore) -> bool {
         if self.has_begun || !prefixes.is_on() {
@@ -155,42 +152,62 @@ impl<'a> Live<'a> {
 
     /// Moves on by one step; one that waits only finds out whether anybody still listens.
     pub fn step(&mut self, waits: bool, prefixes: &mut PrefixStore) -> Step {
-        if self.job.events.is_closed() {
-            return Step::Abandoned;
-        }
-        if self.job.limits.deadline.is_some_and(|deadline| Instant::now() >= deadline) {
-            return Step::Failed(Failure::Timeout);
+        if let Some(step) = self.job.is_over() {
+            return step;
         }
         if waits {
             return Step::Waits;
         }
         let step = match self.begin(prefixes) {
-            Ok(()) if self.job.limits.is_stopped() => Ok(self.end(Finish::Stopped)),
-            Ok(()) if self.session.position() < self.job.prompt.len() => self.prefill(prefixes),
-            Ok(()) => self.generate(),
+            Ok(false) => Ok(Step::Waits),
+            Ok(true) if self.job.limits.is_stopped() => Ok(self.end(Finish::Stopped)),
+            Ok(true) if self.session.position() < self.job.prompt.len() => self.prefill(prefixes),
+            Ok(true) => self.generate(),
             Err(error) => Err(error),
         };
         let step = step.and_then(|step| self.keep_turn(step, prefixes));
         step.unwrap_or_else(|error| Step::Failed(Failure::Engine(error.to_string())))
     }
 
-    /// At the first step: goes to the longest prefix that is kept.
-    fn begin(&mut self, prefixes: &mut PrefixStore) -> Result<()> {
+    /// At the first step: goes to the longest prefix that is kept. Whether it has begun.
+    fn begin(&mut self, prefixes: &mut PrefixStore) -> Result<bool> {
         if self.has_begun {
-            return Ok(());
+            return Ok(true);
         }
+        let Some(known) = self.known(prefixes) else { return Ok(false) };
         self.has_begun = true;
         self.times.queued = self.job.origin.received.elapsed();
         self.started = Instant::now();
-        if let Some(checkpoint) = prefixes.longest(&self.job.prompt) {
+        if let Some(checkpoint) = known {
             self.session.adopt(checkpoint)?;
             self.usage.cached = self.session.position();
         }
         if self.usage.cached == self.job.prompt.len() {
             self.times.prefill = self.started.elapsed();
         }
-        self.tell(Event::Started(self.usage));
-        Ok(())
+        self.job.tell(Event::Started(self.usage));
+        Ok(true)
+    }
+
+    /// The longest prefix that is kept, if any; `None` while it comes from the disk.
+    fn known(&mut self, prefixes: &mut PrefixStore) -> Option<Option<Checkpoint>> {
+        if let Some(loading) = self.loading.take() {
+            let Some(ended) = loading.ended() else {
+                self.loading = Some(loading);
+                return None;
+            };
+            if let Some(state) = ended {
+                return Some(Some(prefixes.take(state)));
+            }
+        }
+        match prefixes.longest(&self.job.prompt) {
+            Known::Checkpoint(checkpoint) => Some(checkpoint),
+            Known::Coming(loading) => {
+                self.loading = Some(loading);
+                None
+            }
+            Known::Awaited => None,
+        }
     }
 
     fn prefill(&mut self, prefixes: &mut PrefixStore) -> Result<Step> {
@@ -210,7 +227,7 @@ impl<'a> Live<'a> {
         if let Some(mark) = mark.filter(|mark| mark.position == done) {
             prefixes.keep(mark.place, self.session.tokens(), || self.session.checkpoint())?;
         }
-        self.tell(Event::Prefilled(done));
+        self.job.tell(Event::Prefilled(done));
         if done == self.job.prompt.len() {
             self.times.prefill = self.started.elapsed();
         }
@@ -308,7 +325,7 @@ impl<'a> Live<'a> {
 
     fn say(&mut self, parts: Vec<Part>, logprobs: Option<TokenLogprobs>) {
         parts.iter().for_each(|part| self.said.take(part.clone()));
-        self.tell(Event::Token { parts, logprobs });
+        self.job.tell(Event::Token { parts, logprobs });
     }
 
     fn end(&mut self, finish: Finish) -> Step {

@@ -12,7 +12,7 @@ use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 pub use job::{Event, Failure, Finish, Format, Job, Limits, Origin, Outcome, TokenLogprobs, Usage};
 
@@ -24,6 +24,8 @@ use flash_moe_engine::session::Together;
 pub use live::Step;
 use live::{Live, Vocabulary};
 
+/// How long nothing happens while all texts wait for the disk.
+const REST: Duration = Duration::from_millis(2);
 /// What a client is told of a panic.
 const INTERNAL_ERROR: &str = "internal error: see the server's log";
 
@@ -36,6 +38,7 @@ pub struct Schedule {
 struct Shared {
     queue: Mutex<Queue>,
     changed: Condvar,
+    metrics: Arc<Metrics>,
     waiting_max: usize,
     live_max: usize,
 }
@@ -82,16 +85,16 @@ impl Schedule {
         let shared = Arc::new(Shared {
             queue: Mutex::default(),
             changed: Condvar::new(),
+            metrics: Arc::clone(metrics),
             waiting_max,
             live_max,
         });
-        let work = (Arc::clone(&shared), Arc::clone(model), Arc::clone(metrics));
+        let (own, model) = (Arc::clone(&shared), Arc::clone(model));
         let thread = thread::Builder::new().name("engine".into()).spawn(move || {
-            let work = &work;
-            let worked = AssertUnwindSafe(|| work_off(&work.0, &work.1, &work.2, &mut prefixes));
+            let worked = AssertUnwindSafe(|| work_off(&own, &model, &mut prefixes));
             // A panic has been printed. Without this thread nobody may wait for a turn.
             catch_unwind(worked).unwrap_or(());
-            work.0.close();
+            own.close();
         })?;
         Ok(Self { shared, thread: Mutex::new(Some(thread)) })
     }
@@ -101,6 +104,7 @@ impl Schedule {
     /// # Errors
     /// There is no room for all of them, or the server is going down.
     pub fn submit(&self, jobs: Vec<Job>) -> Result<(), Refused> {
+        self.shared.drop_ended();
         let mut queue = self.shared.lock();
         if queue.state != State::Open {
             return Err(Refused::Closed);
@@ -167,6 +171,30 @@ impl Shared {
         Some(queue.jobs.drain(..taken).collect())
     }
 
+    /// Drops the waiting jobs that are not to go on: nobody listens, or their time is over.
+    fn drop_ended(&self) {
+        let mut ended = Vec::new();
+        let mut queue = self.lock();
+        let mut at = 0;
+        while at < queue.jobs.len() {
+            match queue.jobs[at].is_over() {
+                Some(step) => ended.extend(queue.jobs.remove(at).map(|job| (job, step))),
+                None => at += 1,
+            }
+        }
+        drop(queue);
+        for (job, step) in ended {
+            let usage = Usage { prompt: job.prompt.len(), ..Usage::default() };
+            conclude(&job, usage, step, &self.metrics);
+        }
+    }
+
+    /// Lets a little time pass, unless there is something new.
+    fn rest(&self) {
+        // Either way the jobs are looked at again.
+        drop(self.changed.wait_timeout(self.lock(), REST));
+    }
+
     /// Takes no more jobs and drops those that wait, so that whoever listens is told.
     fn close(&self) {
         let mut queue = self.lock();
@@ -178,17 +206,14 @@ impl Shared {
         self.lock().until.unwrap_or_else(Instant::now)
     }
 
-    fn is_stopping(&self) -> bool {
-        self.lock().state == State::Stopping
-    }
-
     fn leave(&self) {
         self.lock().live -= 1;
     }
 }
 
 /// The thread: rounds of one step a job, until the queue is closed and empty.
-fn work_off(shared: &Shared, model: &Model, metrics: &Metrics, prefixes: &mut PrefixStore) {
+fn work_off(shared: &Shared, model: &Model, prefixes: &mut PrefixStore) {
+    let metrics = &*shared.metrics;
     let vocabulary = Vocabulary {
         tokenizer: &model.tokenizer,
         eos: &model.eos,
@@ -209,14 +234,20 @@ fn work_off(shared: &Shared, model: &Model, metrics: &Metrics, prefixes: &mut Pr
                 }
             }
         }
-        let stopping = shared.is_stopping();
+        shared.drop_ended();
+        let state = shared.lock().state;
+        if state != State::Open {
+            // What the running texts leave to do until the end is over is little then.
+            prefixes.write_all();
+        }
         let waiting = waiting(&live, prefixes);
-        let mut over = Vec::new();
+        let (mut over, mut moved) = (Vec::new(), false);
         for (mut job, waits) in std::mem::take(&mut live).into_iter().zip(waiting) {
-            let step = match stopping {
-                true => Step::Failed(Failure::Shutdown),
-                false => timed(&mut job, metrics, |job| job.step(waits, prefixes)),
+            let step = match state {
+                State::Stopping => Step::Failed(Failure::Shutdown),
+                _ => timed(&mut job, metrics, |job| job.step(waits, prefixes)),
             };
+            moved |= !matches!(step, Step::Waits);
             match step {
                 Step::Waits | Step::Prefilled(_) | Step::Generated => live.push(job),
                 step => over.push((job, step)),
@@ -227,7 +258,10 @@ fn work_off(shared: &Shared, model: &Model, metrics: &Metrics, prefixes: &mut Pr
         metrics.positions.set(live.iter().map(|job| job.position() as u64).sum());
         for (job, step) in over {
             shared.leave();
-            conclude(&job, step, metrics);
+            conclude(job.job(), job.usage(), step, metrics);
+        }
+        if !moved {
+            shared.rest();
         }
     }
     prefixes.save_all(shared.until());
@@ -290,7 +324,7 @@ fn timed(job: &mut Live, metrics: &Metrics, step: impl FnOnce(&mut Live) -> Step
 }
 
 /// Tells and logs how a job ended.
-fn conclude(job: &Live, step: Step, metrics: &Metrics) {
+fn conclude(job: &Job, usage: Usage, step: Step, metrics: &Metrics) {
     let ended = match &step {
         Step::Over(outcome) => outcome.finish.name(),
         Step::Abandoned => "disconnected",
@@ -299,8 +333,8 @@ fn conclude(job: &Live, step: Step, metrics: &Metrics) {
         _ => "shutdown",
     };
     metrics.ended(ended);
-    metrics.cached_tokens.add(job.usage().cached as u64);
-    log::job(job.job(), job.usage(), &step, ended);
+    metrics.cached_tokens.add(usage.cached as u64);
+    log::job(job, usage, &step, ended);
     match step {
         Step::Over(outcome) => job.tell(Event::Done(*outcome)),
         Step::Failed(failure) => job.tell(Event::Failed(failure)),
