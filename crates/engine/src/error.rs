@@ -74,6 +74,9 @@ pub enum Error {
         /// Short read, end of file or the system's error.
         reason: String,
     },
+    /// The caller gave a chunk of a prompt up before its last layer.
+    #[error("stopped in the middle of a prompt")]
+    Stopped,
     /// What failed a step that several timelines took together.
     #[error("{0}")]
     Together(Arc<Self>),

@@ -36,12 +36,26 @@ pub struct Pool {
 }
 
 struct Shared {
-    state: AtomicU64,
-    next: AtomicUsize,
+    state: Line<AtomicU64>,
+    next: Line<AtomicUsize>,
     job: UnsafeCell<Job>,
     parked: Vec<AtomicBool>,
     panicked: AtomicBool,
     stop: AtomicBool,
+}
+
+/// Alone on the cache lines that are fetched together: workers that wait for the one must not slow
+/// those that claim items from the other.
+#[derive(Default)]
+#[repr(align(128))]
+struct Line<T>(T);
+
+impl<T> std::ops::Deref for Line<T> {
+    type Target = T;
+
+    fn deref(&self) -> &T {
+        &self.0
+    }
 }
 
 #[derive(Clone, Copy)]
@@ -63,8 +77,8 @@ impl Pool {
         let helpers = threads.clamp(1, 1024) - 1;
         let idle: &Work<'static> = &|_| {};
         let shared = Arc::new(Shared {
-            state: AtomicU64::new(0),
-            next: AtomicUsize::new(0),
+            state: Line::default(),
+            next: Line::default(),
             job: UnsafeCell::new(Job { work: idle, items: 0 }),
             parked: (0..helpers).map(|_| AtomicBool::new(false)).collect(),
             panicked: AtomicBool::new(false),
@@ -144,6 +158,17 @@ impl Pool {
         self.run(a.count(), &|i| work(i, unsafe { a.get(i) }, unsafe { b.get(i) }));
     }
 
+    /// As [`Pool::chunks2`] over three slices.
+    pub fn chunks3<A: Send, B: Send, C: Send>(
+        &self,
+        a: (&mut [A], usize),
+        b: (&mut [B], usize),
+        c: (&mut [C], usize),
+        work: impl Fn(usize, &mut [A], &mut [B], &mut [C]) + Sync,
+    ) {
+        self.chunks4(a, b, c, (&mut [] as &mut [u8], 1), |i, a, b, c, _| work(i, a, b, c));
+    }
+
     /// As [`Pool::chunks`] over four slices; one that is empty gives empty chunks.
     pub fn chunks4<A: Send, B: Send, C: Send, D: Send>(
         &self,
@@ -198,8 +223,8 @@ impl<'a> Region<'a> {
         shared.next.store(0, Ordering::Relaxed);
         // SAFETY: the last region is closed and empty, and `turn` keeps other callers out.
         unsafe { *shared.job.get() = Job { work, items } };
-        let epoch = shared.state.load(Ordering::Relaxed) & !(OPEN | RUNNING_MASK);
-        shared.state.store((epoch.wrapping_add(EPOCH)) | OPEN, Ordering::SeqCst);
+        // Added, not stored: a worker that came late to the last region may still be counted.
+        shared.state.fetch_add(EPOCH + OPEN, Ordering::SeqCst);
         for (flag, worker) in shared.parked.iter().zip(&pool.workers).take(items - 1) {
             if flag.load(Ordering::SeqCst) {
                 worker.thread().unpark();
@@ -231,10 +256,16 @@ impl Shared {
         }
     }
 
-    /// Enters the region of `state` if it is still open.
-    fn enter(&self, state: u64) -> bool {
-        let entered = state + 1;
-        self.state.compare_exchange(state, entered, Ordering::AcqRel, Ordering::Relaxed).is_ok()
+    /// Enters the region that is open, if it is not the one of epoch `seen`; gives its epoch. Adds
+    /// without looking first, since many workers come at once and a failed exchange costs as much.
+    fn enter(&self, seen: u64) -> Option<u64> {
+        let state = self.state.fetch_add(1, Ordering::AcqRel);
+        let epoch = state & !(OPEN | RUNNING_MASK);
+        if state & OPEN != 0 && epoch != seen {
+            return Some(epoch);
+        }
+        self.state.fetch_sub(1, Ordering::AcqRel);
+        None
     }
 }
 
@@ -245,8 +276,8 @@ fn serve(shared: &Shared, index: usize) {
         let state = shared.state.load(Ordering::SeqCst);
         let epoch = state & !(OPEN | RUNNING_MASK);
         if state & OPEN != 0 && epoch != seen {
-            if shared.enter(state) {
-                seen = epoch;
+            if let Some(entered) = shared.enter(seen) {
+                seen = entered;
                 help(shared);
                 spins = 0;
             }

@@ -12,6 +12,7 @@ mod together;
 
 use std::ops::ControlFlow;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 pub use checkpoint::{Checkpoint, Identity};
@@ -34,8 +35,9 @@ pub struct Session {
     engine: Arc<Engine>,
     tokens: Vec<TokenId>, // taken so far
     broken: bool,
-    memories: Vec<Memory>,        // [layers]
-    previous: Vec<Vec<ExpertId>>, // [layers], what the last token used
+    stop: Option<Arc<AtomicBool>>, // gives a chunk up
+    memories: Vec<Memory>,         // [layers]
+    previous: Vec<Vec<ExpertId>>,  // [layers], what the last token used
     scratch: Scratch,
     logits: Vec<f32>, // [vocab], of the last position
     timing: Timing,
@@ -153,11 +155,19 @@ impl Session {
             tokens: Vec::with_capacity(engine.context()),
             engine: Arc::clone(engine),
             broken: false,
+            stop: None,
             scratch: Scratch::default(),
             timing: Timing::default(),
             recorder: None,
             trace: Trace::default(),
         }
+    }
+
+    /// From here on a chunk of a prompt is given up before its next layer once `switch` is set: the call
+    /// ends with [`Error::Stopped`], and the session, whose layers stand at different positions then,
+    /// refuses to go on until it is restored. A single token is never given up.
+    pub fn give_up_on(&mut self, switch: Arc<AtomicBool>) {
+        self.stop = Some(switch);
     }
 
     /// Takes a prompt, chunk by chunk. `progress` hears how many tokens are done after each chunk.
@@ -298,10 +308,17 @@ impl Session {
         pass.embed(tokens.iter().copied(), first..first + tokens.len());
         self.tap("embed", None, |s| &s.h);
         for layer in 0..engine.shape().layers.len() {
+            if tokens.len() > 1 && self.is_given_up() {
+                return Err(Error::Stopped);
+            }
             self.layer(&engine, layer)?;
         }
         self.tokens.extend_from_slice(tokens);
         self.head(&engine, wanted)
+    }
+
+    fn is_given_up(&self) -> bool {
+        self.stop.as_ref().is_some_and(|stop| stop.load(Ordering::Relaxed))
     }
 
     fn layer(&mut self, engine: &Engine, layer: usize) -> Result<()> {

@@ -17,7 +17,9 @@ use crate::error::{Error, Result};
 pub struct LayerId(pub u16);
 
 /// Index of a routed expert within its layer.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug, Serialize, Deserialize)]
+#[derive(
+    Clone, Copy, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Debug, Serialize, Deserialize,
+)]
 pub struct ExpertId(pub u16);
 
 /// A vocabulary entry.

@@ -6,13 +6,14 @@
 
 use std::ops::ControlFlow;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use flash_moe_engine::container::Container;
 use flash_moe_engine::engine::{Engine, Options};
 use flash_moe_engine::kv_cache::KvFormat;
 use flash_moe_engine::session::{Checkpoint, Session, StateReader};
 use flash_moe_engine::shape::TokenId;
-use flash_moe_engine::{Arithmetic, Result};
+use flash_moe_engine::{Arithmetic, Error, Result};
 use flash_moe_kernels::Isa;
 
 use crate::ledger;
@@ -150,6 +151,26 @@ fn a_checkpoint_of_other_settings_or_beyond_the_context_is_refused() {
     refused(|options| options.experts_per_token = Some(2), "--experts-per-token 4");
     refused(|options| options.context = Some(29), "--context 30");
     refused(|options| options.kv_cache = KvFormat::F16, "give --kv-cache f32");
+}
+
+#[test]
+fn a_chunk_that_is_given_up_leaves_a_session_that_a_checkpoint_brings_back() {
+    let engine = engine(|_| ());
+    let expected = continued(&mut at(&engine, 70), 5, 3);
+    let mut session = at(&engine, 70);
+    let before = kept(&session);
+    let switch = Arc::new(AtomicBool::new(true));
+    session.give_up_on(Arc::clone(&switch));
+    let outcome = session.prefill(&prompt(9), &mut |_| ControlFlow::Continue(()));
+    assert!(matches!(outcome, Err(Error::Stopped)), "{outcome:?}");
+    assert_eq!(session.position(), 70);
+    switch.store(false, Ordering::Relaxed);
+    let refused = session.step(TokenId(1)).unwrap_err().to_string();
+    assert!(refused.contains("restore a checkpoint"), "{refused}");
+    session.restore(&before).expect("a checkpoint of this engine");
+    // A token is never given up: what has begun is said.
+    switch.store(true, Ordering::Relaxed);
+    assert_eq!(continued(&mut session, 5, 3), expected);
 }
 
 fn file_of(checkpoint: &Checkpoint) -> Vec<u8> {

@@ -8,6 +8,9 @@ use crate::compute::{Compute, Temporary, sized};
 use crate::container::Matrix;
 use crate::shape::ExpertId;
 
+/// Tokens whose experts are chosen as one work item.
+const ITEM_TOKENS: usize = 8;
+
 /// The choices for a chunk of tokens.
 #[derive(Default)]
 pub struct Routes {
@@ -17,13 +20,13 @@ pub struct Routes {
     pub experts: Vec<ExpertId>,
     /// Their weights, `[tokens][top_k]`.
     pub weights: Vec<f32>,
-    probabilities: Vec<f32>, // [experts]
+    probabilities: Vec<f32>, // [tokens][experts]
 }
 
 impl Routes {
     /// Floats (and ids of half the size) needed for a chunk of tokens.
     pub fn floats(experts: usize, top_k: usize, tokens: usize) -> usize {
-        tokens * (experts + 2 * top_k) + experts
+        tokens * (2 * experts + 2 * top_k)
     }
 }
 
@@ -50,24 +53,35 @@ pub fn route(
     let logits = sized(&mut routes.logits, tokens * experts);
     // Whatever the arithmetic elsewhere: a near tie must not fall the other way.
     compute.project_exact(&router.rows(), x, logits, tmp);
-    routes.experts.clear();
-    routes.weights.clear();
-    let probabilities = sized(&mut routes.probabilities, experts);
-    for logits in routes.logits.chunks_exact(experts) {
-        probabilities.copy_from_slice(logits);
-        compute.isa.softmax(probabilities);
-        let first = routes.weights.len();
-        for _ in 0..choice.top_k {
-            let best = largest(probabilities);
-            routes.experts.push(ExpertId(best as u16));
-            routes.weights.push(probabilities[best]);
-            // Probabilities are not negative, so this one is never chosen again.
-            probabilities[best] = f32::NEG_INFINITY;
-        }
-        if choice.renormalise {
-            let sum: f32 = routes.weights[first..].iter().sum();
-            routes.weights[first..].iter_mut().for_each(|w| *w /= sum);
-        }
+    let top_k = choice.top_k;
+    compute.pool.chunks3(
+        (sized(&mut routes.probabilities, tokens * experts), ITEM_TOKENS * experts),
+        (sized(&mut routes.experts, tokens * top_k), ITEM_TOKENS * top_k),
+        (sized(&mut routes.weights, tokens * top_k), ITEM_TOKENS * top_k),
+        |i, probabilities, chosen, weights| {
+            probabilities
+                .copy_from_slice(&logits[i * ITEM_TOKENS * experts..][..probabilities.len()]);
+            let rows = probabilities.chunks_exact_mut(experts);
+            let kept = chosen.chunks_exact_mut(top_k).zip(weights.chunks_exact_mut(top_k));
+            for (probabilities, (chosen, weights)) in rows.zip(kept) {
+                compute.isa.softmax(probabilities);
+                choose(probabilities, choice, chosen, weights);
+            }
+        },
+    );
+}
+
+/// The K most probable experts and their weights.
+fn choose(probabilities: &mut [f32], choice: Choice, chosen: &mut [ExpertId], weights: &mut [f32]) {
+    for (chosen, weight) in chosen.iter_mut().zip(&mut *weights) {
+        let best = largest(probabilities);
+        (*chosen, *weight) = (ExpertId(best as u16), probabilities[best]);
+        // Probabilities are not negative, so this one is never chosen again.
+        probabilities[best] = f32::NEG_INFINITY;
+    }
+    if choice.renormalise {
+        let sum: f32 = weights.iter().sum();
+        weights.iter_mut().for_each(|w| *w /= sum);
     }
 }
 

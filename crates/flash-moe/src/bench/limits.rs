@@ -22,8 +22,8 @@ use super::prompt::Random;
 
 /// Reads in flight at which the disk is measured.
 pub const DEPTHS: [usize; 4] = [1, 4, 8, 16];
-/// Memory that is read, if the limit allows it: far above any cache.
-const MEMORY_BYTES: u64 = 256 << 20;
+/// Memory that is read, if the limit allows it: far above any cache. Servers have 300 MiB of it.
+const MEMORY_BYTES: u64 = 1 << 30;
 /// The least memory that is worth reading; below this the result is a cache's.
 const MEMORY_BYTES_MIN: u64 = 1 << 20;
 /// Words that a thread reads between two looks at the counter.

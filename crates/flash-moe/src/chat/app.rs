@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 use crossterm::event::{Event as Input, KeyEvent, KeyEventKind};
 
-use super::commands::{Command, Typed, completions, typed};
+use super::commands::{Typed, completions, typed};
 use super::conversation::{Call, End, Message};
 use super::editor::{Edit, Editor, TEXT_BYTES_MAX};
 use super::history::{History, Search};
@@ -27,7 +27,7 @@ use super::markdown::Stream;
 use super::perform::{Effect, perform};
 use super::surface::{Place, Surface};
 use super::talk::{Heard, Talk};
-use super::tools::Running;
+use super::tools::{Asked, Running};
 use super::view;
 
 /// Ctrl-C again within this time leaves.
@@ -64,15 +64,16 @@ enum Mode {
         search: Search,
         before: String,
     },
-    /// A command waits for a decision.
+    /// A call waits for a decision.
     Confirm {
         call: Call,
-        command: String,
+        asked: Asked,
         typed: String,
     },
-    /// The command is being changed; `draft` is what was typed before.
+    /// What it asks for is being changed; `draft` is what was typed before.
     Change {
         call: Call,
+        asked: Asked,
         draft: String,
     },
     Running {
@@ -129,7 +130,8 @@ impl<W: Write> App<W> {
 
     /// Whether something moves by itself.
     pub fn is_busy(&self) -> bool {
-        self.talk.is_answering() || matches!(self.mode, Mode::Running { .. })
+        let is_running = matches!(self.mode, Mode::Running { .. });
+        is_running || self.talk.is_answering() || self.talk.backend.switching().is_some()
     }
 
     /// What is to be done outside of the screen, once.
@@ -188,9 +190,7 @@ impl<W: Write> App<W> {
                 Message::Assistant(answer) => {
                     lines.extend(super::markdown::lines(&answer.content, columns));
                     for call in &answer.calls {
-                        let command = self.talk.tools.command(call);
-                        let command = command.unwrap_or_else(|_| call.arguments.clone());
-                        lines.extend(view::command_lines(&command, columns));
+                        lines.extend(view::called(&call.name, &call.arguments, columns));
                     }
                     lines.extend(ended(answer.end).map(|text| Line::new(text, Style::DIM)));
                 }
@@ -332,11 +332,6 @@ impl<W: Write> App<W> {
             Typed::Command(command) => {
                 self.editor.take();
                 self.remember(&text);
-                if let Command::Model(Some(name)) = &command {
-                    self.note(&format!("loading {name}"));
-                    // A terminal that is gone is noticed by the next drawing.
-                    self.draw().unwrap_or(());
-                }
                 let effect = perform(&mut self.talk, command);
                 match effect {
                     Ok(effect) => {
@@ -383,6 +378,7 @@ impl<W: Write> App<W> {
                 self.above.extend(lines);
             }
             Effect::Asked => {}
+            Effect::Loading(name) => self.note(&format!("loading {name}; typing goes on")),
             Effect::Refill(text, note) => {
                 self.note(&note);
                 self.editor.set(&text);
@@ -436,12 +432,8 @@ impl<W: Write> App<W> {
                 Some(candidates.all[at].clone())
             }
             None => {
-                // Sessions that cannot be listed complete nothing.
-                let ids = || self.talk.store.list().unwrap_or_else(|_| Vec::new());
                 let text = self.editor.text();
-                let ids = if text.starts_with("/resume") { ids() } else { Vec::new() };
-                let ids: Vec<String> = ids.into_iter().map(|session| session.id).collect();
-                let all = completions(text, &ids);
+                let all = completions(text, &self.names_for(text));
                 let common = common_beginning(&all);
                 let longer = common.filter(|common| common.len() > text.len());
                 self.candidates = (all.len() > 1).then_some(Candidates { all, at: None });
@@ -450,6 +442,19 @@ impl<W: Write> App<W> {
         };
         if let Some(text) = next {
             self.editor.set(&text);
+        }
+    }
+
+    /// What there is that a command may name.
+    fn names_for(&self, text: &str) -> Vec<String> {
+        match text.split(' ').next() {
+            Some("/resume") => {
+                // Sessions that cannot be listed complete nothing.
+                let sessions = self.talk.store.list().unwrap_or_else(|_| Vec::new());
+                sessions.into_iter().map(|session| session.id).collect()
+            }
+            Some("/tools") => self.talk.tools.server_names(),
+            _ => Vec::new(),
         }
     }
 
@@ -537,6 +542,8 @@ impl<W: Write> App<W> {
                 self.above.extend(ended(end).map(|text| Line::new(text, Style::DIM)));
                 self.next_call();
             }
+            Heard::Model(Ok(what)) => self.note(&what),
+            Heard::Model(Err(why)) => self.error(&why),
             Heard::Failed(why) => {
                 self.above.extend(self.stream.finish(columns));
                 self.thinking.clear();

@@ -19,6 +19,7 @@ pub enum Command {
     Set(Option<(String, String)>),
     Think(Option<Think>),
     Stats,
+    Tools(Option<String>),
     Copy,
     Undo,
     Retry,
@@ -37,7 +38,7 @@ pub enum Think {
 }
 
 /// Name, arguments, what it does.
-pub const COMMANDS: [(&str, &str, &str); 17] = [
+pub const COMMANDS: [(&str, &str, &str); 18] = [
     ("/help", "", "this list, and the keys"),
     ("/new", "", "start a new conversation; this one stays among the sessions"),
     ("/sessions", "", "list the conversations that can be resumed"),
@@ -53,6 +54,7 @@ pub const COMMANDS: [(&str, &str, &str); 17] = [
         "show the last thinking; HOW: on, off or auto to think, show or fold it as it comes",
     ),
     ("/stats", "", "tokens, speeds, cache and memory"),
+    ("/tools", "[SERVER]", "list tools and MCP servers, or all that is known of one server"),
     ("/copy", "", "copy the last answer (OSC 52)"),
     ("/undo", "", "take the last question and its answer back"),
     ("/retry", "", "answer the last question again"),
@@ -116,6 +118,7 @@ fn command(name: &str, rest: &str) -> Result<Command, String> {
         "/set" => Command::Set(setting(rest)?),
         "/think" => Command::Think(think(rest)?),
         "/stats" => Command::Stats,
+        "/tools" => Command::Tools(some),
         "/copy" => Command::Copy,
         "/undo" => Command::Undo,
         "/retry" => Command::Retry,
@@ -171,8 +174,8 @@ fn think(rest: &str) -> Result<Option<Think>, String> {
 
 /// What the text before the cursor may become, whole texts in order.
 ///
-/// `ids` are those of the sessions.
-pub fn completions(text: &str, ids: &[String]) -> Vec<String> {
+/// `names` are those that the command may name: sessions, servers.
+pub fn completions(text: &str, names: &[String]) -> Vec<String> {
     if !text.starts_with('/') || text.contains('\n') {
         return Vec::new();
     }
@@ -184,7 +187,7 @@ pub fn completions(text: &str, ids: &[String]) -> Vec<String> {
         return known.map(with_space).collect();
     };
     let words: Vec<String> = match name {
-        "/resume" => ids.to_vec(),
+        "/resume" | "/tools" => names.to_vec(),
         "/set" => SETTINGS.map(|name| format!("{name} ")).to_vec(),
         "/think" => ["on", "off", "auto", "show", "fold"].map(String::from).to_vec(),
         "/read" | "/export" | "/model" => return files(name, rest),

@@ -72,8 +72,8 @@ pub fn run(args: ChatArgs) -> Result<ExitCode> {
     }
     let draws = environment::may_draw() && !args.session.plain;
     let is_typed = environment::input_is_terminal();
-    if args.tools.tools && !draws && !is_typed {
-        bail!("--tools asks before it runs a command: standard input must be a terminal");
+    if args.tools.are_on() && !draws && !is_typed {
+        bail!("--tools and --mcp ask before anything runs: standard input must be a terminal");
     }
     let spinner = loading(&args);
     let talk = Talk::open(args, store);

@@ -57,6 +57,8 @@ pub enum Effect {
     ShowThinking(bool),
     /// Another conversation is here: show it.
     Replay,
+    /// Another model is being loaded.
+    Loading(String),
     /// Leave.
     Quit,
 }
@@ -96,6 +98,7 @@ pub fn perform(talk: &mut Talk, command: Command) -> Result<Effect> {
         }
         Command::Think(wanted) => think(talk, wanted),
         Command::Stats => Ok(Effect::Say(stats(talk))),
+        Command::Tools(server) => talk.tools.listed(server.as_deref()).map(Effect::Explain),
         Command::Copy => {
             let answer = talk.conversation.last_answer().context("there is no answer yet")?;
             Ok(Effect::Copy(answer.content.clone()))
@@ -128,16 +131,8 @@ fn model(talk: &mut Talk, name: Option<String>) -> Result<Effect> {
         let lines = [talk.backend.model()].into_iter().chain(place.lines());
         return Ok(Effect::Say(lines.map(String::from).collect()));
     };
-    talk.at_rest()?;
-    talk.backend.switch(&mut talk.args, &name)?;
-    talk.backend.recall(&talk.conversation);
-    let mut lines = vec![format!("{} answers from here on", talk.backend.model())];
-    if talk.tools.are_on()
-        && let Err(error) = talk.backend.check_tools()
-    {
-        lines.push(format!("without tools: {error:#}"));
-    }
-    Ok(Effect::Say(lines))
+    talk.switch(&name)?;
+    Ok(Effect::Loading(name))
 }
 
 fn think(talk: &mut Talk, wanted: Option<Think>) -> Result<Effect> {

@@ -17,9 +17,13 @@ use super::conversation::Message;
 use super::line::{harmless, harmless_lines as lines};
 use super::perform::{Effect, perform};
 use super::talk::{Heard, Talk};
-use super::tools::declined;
+use super::terminal::listen_for_end;
+use super::tools::{Asked, Groups, declined};
 use super::view::seconds;
 use crate::say::tell;
+
+/// Exit status of a program that SIGTERM ended.
+const ENDED: i32 = 143;
 
 /// A chat on plain streams.
 struct Plain {
@@ -42,7 +46,7 @@ pub fn run(talk: Talk, is_typed: bool) -> (Talk, Result<ExitCode>) {
     let shows_thinking = talk.args.answer.show_think;
     let stop = Stop::default();
     let mut plain = Plain { talk, shows_thinking, is_typed, stop, failed: false };
-    let worked = plain.stop.listen().and_then(|()| {
+    let worked = plain.listen().and_then(|()| {
         plain.notes();
         plain.decline_calls();
         plain.read()
@@ -53,11 +57,14 @@ pub fn run(talk: Talk, is_typed: bool) -> (Talk, Result<ExitCode>) {
 
 impl Stop {
     /// Ctrl-C stops the answer or the call that is under way, and ends the program where there is none.
-    fn listen(&self) -> Result<()> {
+    fn listen(&self, groups: Groups) -> Result<()> {
         let own = self.clone();
         ctrlc::set_handler(move || match &*own.lock() {
             Some(stop) if !stop.swap(true, Ordering::Relaxed) => {}
-            _ => std::process::exit(130),
+            _ => {
+                groups.kill_all();
+                std::process::exit(130);
+            }
         })
         .context("cannot listen for Ctrl-C")
     }
@@ -72,6 +79,19 @@ impl Stop {
 }
 
 impl Plain {
+    /// Ends what runs, or the program, on a signal; nothing that a tool has started outlives it.
+    fn listen(&self) -> Result<()> {
+        let groups = self.talk.tools.groups();
+        self.stop.listen(groups.clone())?;
+        if !self.talk.tools.are_on() {
+            return Ok(());
+        }
+        listen_for_end(move || {
+            groups.kill_all();
+            std::process::exit(ENDED);
+        })
+    }
+
     fn read(&mut self) -> Result<()> {
         let mut text = String::new();
         loop {
@@ -128,9 +148,13 @@ impl Plain {
                 lines.iter().try_for_each(|line| print(&format!("{}\n", harmless(line))))
             }
             Effect::Explain(names) => {
-                names.iter().try_for_each(|(name, what)| print(&format!("{name:<24} {what}\n")))
+                let line = |(name, what): &(String, String)| {
+                    print(&format!("{:<24} {}\n", harmless(name), harmless(what)))
+                };
+                names.iter().try_for_each(line)
             }
             Effect::Asked => self.answer(),
+            Effect::Loading(name) => self.wait_for(&name),
             Effect::Refill(text, note) => print(&format!("{note}: {}\n", lines(&text))),
             Effect::Thinking(text) | Effect::Copy(text) => print(&format!("{}\n", lines(&text))),
             Effect::ShowThinking(shown) => {
@@ -150,6 +174,18 @@ impl Plain {
         }
     }
 
+    fn wait_for(&mut self, model: &str) -> Result<()> {
+        tell!("flash-moe: loading {}", harmless(model));
+        match self.talk.hear_switched() {
+            Some(Heard::Model(Ok(what))) => print(&format!("{}\n", harmless(&what))),
+            Some(Heard::Model(Err(why))) => {
+                self.fail(&why);
+                Ok(())
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Prints the answer as it comes, and those that follow the results of tools.
     fn answer(&mut self) -> Result<()> {
         loop {
@@ -162,8 +198,8 @@ impl Plain {
                 return Ok(());
             }
             for call in open {
-                let result = match self.talk.tools.command(&call) {
-                    Ok(command) => self.decide(&command)?,
+                let result = match self.talk.tools.asked(&call) {
+                    Ok(asked) => self.decide(asked)?,
                     Err(why) => format!("[{why}]"),
                 };
                 self.talk.add_result(&call.id, &result);
@@ -221,20 +257,24 @@ impl Plain {
         Ok(())
     }
 
-    /// Asks about a command and gives what the model is told.
-    fn decide(&mut self, command: &str) -> Result<String> {
-        let shown: Vec<String> = command.split('\n').map(harmless).collect();
-        let directory = self.talk.tools.directory.display();
-        tell!("the model wants to run, in {directory}:\n  $ {}", shown.join("\n    "));
-        if !self.talk.tools.is_allowed(command) {
+    /// Asks about a call and gives what the model is told.
+    fn decide(&mut self, asked: Asked) -> Result<String> {
+        let text = asked.text();
+        let shown: Vec<String> = text.split('\n').map(harmless).collect();
+        let question = harmless(&asked.question(&self.talk.tools.directory));
+        tell!("{question}\n    {}", shown.join("\n    "));
+        if !self.talk.tools.is_allowed(&asked) {
             ask("run it? [y/n/a] ");
             match next_line()?.unwrap_or_else(Vec::new).trim_ascii() {
                 b"y" => {}
-                b"a" => self.talk.tools.allow(command),
+                b"a" => {
+                    self.talk.tools.allow(&asked);
+                    tell!("{}", asked.always());
+                }
                 _ => return Ok(declined()),
             }
         }
-        let running = self.talk.tools.start(command);
+        let running = self.talk.tools.start(asked);
         self.stop.set(Some(running.stopper()));
         let result = running.outcome().result();
         self.stop.set(None);

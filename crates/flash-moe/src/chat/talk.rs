@@ -79,6 +79,8 @@ pub enum Heard {
     Ended(End),
     /// It failed; what came of it is gone, and the question can be asked again.
     Failed(String),
+    /// Another model answers from here on, or why it does not.
+    Model(Result<String, String>),
 }
 
 /// What an answer took.
@@ -147,7 +149,7 @@ impl Talk {
         self.pending.is_some()
     }
 
-    /// Whether nothing is under way: no answer, and no call that has no result.
+    /// Whether nothing is under way: no answer, no call that has no result, no other model.
     ///
     /// # Errors
     /// Says what is, and what ends it.
@@ -155,12 +157,17 @@ impl Talk {
         ensure!(!self.is_answering(), "an answer is coming; Ctrl-C stops it");
         let open = self.conversation.open_calls();
         ensure!(open.is_empty(), "a command waits or runs; Ctrl-C ends it");
+        if let Some(switching) = self.backend.switching() {
+            bail!("{} is loading; send this again when it has", switching.name);
+        }
         Ok(())
     }
 
     /// What the user should know, once.
     pub fn take_notes(&mut self) -> Vec<String> {
-        std::mem::take(&mut self.notes)
+        let mut notes = std::mem::take(&mut self.notes);
+        notes.extend(self.tools.take_notes());
+        notes
     }
 
     /// Files that go with the next message.
@@ -219,7 +226,7 @@ impl Talk {
 
     /// Answers since the last question, counted from the end, all of whose calls were refused.
     fn refused_answers(&self) -> usize {
-        let is_refused = |call: &Call| self.tools.command(call).is_err();
+        let is_refused = |call: &Call| self.tools.asked(call).is_err();
         let mut count = 0;
         for message in self.conversation.messages.iter().rev() {
             match message {
@@ -237,11 +244,7 @@ impl Talk {
     /// It cannot be asked for.
     pub fn ask(&mut self) -> Result<()> {
         ensure!(!self.is_answering(), "an answer is coming; Ctrl-C stops it");
-        // A model that cannot call tools is offered none.
-        let tools = match self.backend.check_tools() {
-            Ok(()) => self.tools.described(),
-            Err(_) => Vec::new(),
-        };
+        let tools = self.tools.described();
         let (conversation, settings) = (&self.conversation, &self.settings);
         let question = Question { conversation, tools: &tools, settings };
         let answering = self.backend.ask(&question)?;
@@ -310,6 +313,9 @@ impl Talk {
     /// What has been heard since the last time; waits for none of it.
     pub fn hear(&mut self) -> Vec<Heard> {
         let mut heard = Vec::new();
+        if let Some(outcome) = self.backend.try_switched() {
+            heard.push(self.end_switch(outcome));
+        }
         while let Some(event) = self.pending.as_mut().and_then(|p| p.answering.try_next()) {
             self.take(event, &mut heard);
         }
@@ -323,6 +329,33 @@ impl Talk {
             self.take(event, &mut heard);
         }
         heard
+    }
+
+    /// Begins to switch to another model, and does not wait for it.
+    ///
+    /// # Errors
+    /// Something is under way.
+    pub fn switch(&mut self, name: &str) -> Result<()> {
+        self.at_rest()?;
+        self.backend.switch(&self.args, name)
+    }
+
+    /// The end of a switch, waited for; nothing if there is none.
+    pub fn hear_switched(&mut self) -> Option<Heard> {
+        let outcome = self.backend.switched()?;
+        Some(self.end_switch(outcome))
+    }
+
+    fn end_switch(&mut self, outcome: Result<ChatArgs>) -> Heard {
+        self.backend.recall(&self.conversation);
+        let model = self.backend.model();
+        Heard::Model(match outcome {
+            Ok(args) => {
+                self.args = args;
+                Ok(format!("{model} answers from here on"))
+            }
+            Err(why) => Err(format!("{why:#}; {model} answers on")),
+        })
     }
 
     /// Waits so long for an answer that was stopped to end, so that it is kept.

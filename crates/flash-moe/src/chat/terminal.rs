@@ -101,8 +101,12 @@ impl Ending {
     }
 }
 
+/// Calls `ask` at the first SIGTERM or SIGHUP.
+///
+/// # Errors
+/// The system has no thread or no signals to give.
 #[cfg(unix)]
-fn listen_for_end(ask: impl Fn() + Send + 'static) -> Result<()> {
+pub fn listen_for_end(ask: impl Fn() + Send + 'static) -> Result<()> {
     use tokio::signal::unix::{SignalKind, signal};
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let (mut end, mut hangup) = {
@@ -121,8 +125,12 @@ fn listen_for_end(ask: impl Fn() + Send + 'static) -> Result<()> {
     Ok(())
 }
 
+/// There are no such signals here.
+///
+/// # Errors
+/// Never.
 #[cfg(not(unix))]
-fn listen_for_end(_ask: impl Fn() + Send + 'static) -> Result<()> {
+pub fn listen_for_end(_ask: impl Fn() + Send + 'static) -> Result<()> {
     Ok(())
 }
 

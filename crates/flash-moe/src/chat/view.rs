@@ -4,13 +4,16 @@
 //! text that is being typed, and a status line. Everything fits into the columns there are; what is
 //! least needed goes first.
 
+use std::path::Path;
 use std::time::Duration;
 
 use flash_moe_engine::budget::gib;
+use serde_json::Value as Json;
 
 use super::editor::Layout;
 use super::line::{Color, Indent, Line, Span, Style, width, wrap};
 use super::surface::Place;
+use super::tools::Asked;
 
 /// Widest text: longer lines are hard to read.
 const TEXT_COLUMNS_MAX: usize = 110;
@@ -43,6 +46,11 @@ pub enum Busy {
     },
     /// A command runs.
     Running {
+        time: Duration,
+    },
+    /// Another model is being loaded.
+    Loading {
+        name: String,
         time: Duration,
     },
 }
@@ -129,6 +137,7 @@ fn busy_line(busy: &Busy, columns: usize) -> Line {
             (*time, format!("thinking {}, {} tokens", seconds(*time), grouped(*tokens)))
         }
         Busy::Writing { time } => (*time, "answering, Ctrl-C stops".into()),
+        Busy::Loading { name, time } => (*time, format!("loading {name}, {}", seconds(*time))),
         Busy::Running { time } => (*time, format!("running {}, Ctrl-C kills it", seconds(*time))),
         Busy::Reading { done, from, all, time } => {
             let text = reading(*done, *from, *all, *time, columns.saturating_sub(3));
@@ -256,20 +265,37 @@ pub fn explained(names: &[(String, String)], columns: usize) -> Vec<Line> {
     lines
 }
 
-/// A command that the model asks for, all of it.
-pub fn asked_command(command: &str, directory: &str, columns: usize) -> Vec<Line> {
+/// What the model asks for, all of it.
+pub fn asked(asked: &Asked, directory: &Path, columns: usize) -> Vec<Line> {
     let mut lines = vec![Line::empty()];
-    lines.extend(note(&format!("The model wants to run, in {directory}:"), Style::BOLD, columns));
-    lines.extend(command_lines(command, columns));
+    lines.extend(note(&asked.question(directory), Style::BOLD, columns));
+    lines.extend(asked_lines(asked, columns));
     lines
 }
 
-/// A command line, set off.
-pub fn command_lines(command: &str, columns: usize) -> Vec<Line> {
+/// A command line or the arguments of a call, set off.
+pub fn asked_lines(asked: &Asked, columns: usize) -> Vec<Line> {
+    match asked {
+        Asked::Command(command) => set_off(command, "  $ ", columns),
+        Asked::Tool(_) => set_off(&asked.text(), "    ", columns),
+    }
+}
+
+/// A call of an earlier time, whose tool may be gone.
+pub fn called(name: &str, arguments: &str, columns: usize) -> Vec<Line> {
+    // What a model wrote may be no JSON; it is shown as it stands.
+    let parsed: Option<Json> = serde_json::from_str(arguments).ok();
+    match parsed.as_ref().and_then(|parsed| parsed["command"].as_str()) {
+        Some(command) => set_off(command, "  $ ", columns),
+        None => set_off(&format!("{name} {arguments}"), "    ", columns),
+    }
+}
+
+fn set_off(text: &str, begins: &str, columns: usize) -> Vec<Line> {
     let mark = |text: &str| vec![Span::new(text, Style::of(Color::Yellow))];
-    let rows = command.split('\n').enumerate();
+    let rows = text.split('\n').enumerate();
     let row = |(at, row): (usize, &str)| {
-        let first = mark(if at == 0 { "  $ " } else { "    " });
+        let first = mark(if at == 0 { begins } else { "    " });
         let line = Line::new(row, Style::of(Color::Yellow));
         wrap(&line, columns, Indent { first, rest: mark("    ") })
     };

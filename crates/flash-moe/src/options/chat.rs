@@ -19,6 +19,7 @@ const EXAMPLES: &str = "\
 Examples:
   flash-moe chat
   flash-moe chat -m DIR --memory 12GiB --context 32768
+  flash-moe chat -m DIR --mcp servers.json
   flash-moe chat -m DIR --tools --system \"You are at home in this repository.\"
   flash-moe chat --connect http://127.0.0.1:8080
   flash-moe chat --connect https://example.org/v1 --api-key-file key.txt -m NAME
@@ -65,7 +66,7 @@ fn apart_from_servers(arg: Arg) -> Arg {
 /// The model runs in this process, or answers from any OpenAI-compatible server with --connect.
 /// Without --model a small trained model inside this program answers. Where standard input or output
 /// is no terminal, each line of the input is a message and the answers are printed as they come.
-#[derive(Args, Debug)]
+#[derive(Args, Clone, Debug)]
 #[command(after_help = EXAMPLES, mut_args = apart_from_servers)]
 pub struct ChatArgs {
     /// Model and machine.
@@ -92,7 +93,7 @@ pub struct ChatArgs {
 }
 
 /// A server that answers instead of a model in this process.
-#[derive(Args, Debug)]
+#[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Server")]
 pub struct ServerArgs {
     /// Be a client of this OpenAI-compatible server; --model is then a name, by default the first
@@ -106,7 +107,7 @@ pub struct ServerArgs {
 }
 
 /// Which conversation, and what is kept of it.
-#[derive(Args, Debug)]
+#[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Conversation")]
 pub struct SessionArgs {
     /// System prompt.
@@ -136,7 +137,7 @@ pub struct SessionArgs {
 }
 
 /// How it answers.
-#[derive(Args, Debug)]
+#[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Answers")]
 pub struct ChatAnswerArgs {
     /// Ask the model to think first, where its template has the choice.
@@ -169,18 +170,25 @@ pub struct ChatAnswerArgs {
 }
 
 /// What the model may do.
-#[derive(Args, Debug)]
+#[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Tools")]
 pub struct ToolArgs {
     /// Let the model ask to run shell commands here; each is shown and runs only if you say yes.
     #[arg(long)]
     pub tools: bool,
 
-    /// Seconds after which a command is killed with all that it started.
+    /// Start the MCP servers of this JSON file and let the model ask for their tools; each call is
+    /// shown and made only if you say yes. With --tools and without this, mcp.json in the directory
+    /// of configurations, if it is there.
+    #[arg(long, value_name = "FILE")]
+    pub mcp: Option<PathBuf>,
+
+    /// Seconds after which a command is killed with all that it started, and a call of an MCP server,
+    /// or its start, is given up.
     #[arg(long, value_name = "SECONDS", default_value = "60", value_parser = at_least_one)]
     pub tool_timeout: usize,
 
-    /// Bytes of a command's output that the model gets: the first half and the last half of them.
+    /// Bytes of an output that the model gets: the first half and the last half of them.
     #[arg(long, value_name = "SIZE", default_value = "16KiB", value_parser = size::parse)]
     pub tool_output: u64,
 }
@@ -239,6 +247,18 @@ impl ServerArgs {
 }
 
 impl ToolArgs {
+    /// The file of MCP servers, if there is one.
+    pub fn mcp_file(&self) -> Option<PathBuf> {
+        let default = environment::config_dir().map(|dir| dir.join("mcp.json"));
+        let default = default.filter(|file| self.tools && file.exists());
+        self.mcp.clone().or(default)
+    }
+
+    /// Whether the model may ask for anything.
+    pub fn are_on(&self) -> bool {
+        self.tools || self.mcp.is_some()
+    }
+
     /// How long a command may take.
     pub fn timeout(&self) -> Duration {
         Duration::from_secs(self.tool_timeout as u64)
@@ -253,7 +273,7 @@ mod tests {
     use super::*;
 
     /// Flags that mean the same with a server as without one.
-    const FOR_BOTH: [&str; 25] = [
+    const FOR_BOTH: [&str; 26] = [
         "model",
         "connect",
         "api_key_file",
@@ -275,6 +295,7 @@ mod tests {
         "frequency_penalty",
         "seed",
         "tools",
+        "mcp",
         "tool_timeout",
         "tool_output",
         "help",

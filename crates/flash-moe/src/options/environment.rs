@@ -1,6 +1,6 @@
 //! Everything the program takes from the environment, read here and nowhere else.
 //!
-//! Where caches and data go, whether colour is wanted, which streams are terminals, which editor the
+//! Where caches, data and configurations are, whether colour is wanted, which streams are terminals, which editor the
 //! user likes, and the original engine's `TQ_KV`.
 
 use std::env;
@@ -27,6 +27,14 @@ pub fn cache_dir() -> Option<PathBuf> {
 /// `flash-moe` in the system's data directory.
 pub fn data_dir() -> Option<PathBuf> {
     let xdg = ("XDG_DATA_HOME", &[".local", "share"][..]);
+    system_dir("APPDATA", &["Library", "Application Support"], xdg)
+}
+
+/// The directory for what the user has written for this program, or `None` where the system names none.
+///
+/// `flash-moe` in the system's directory of configurations.
+pub fn config_dir() -> Option<PathBuf> {
+    let xdg = ("XDG_CONFIG_HOME", &[".config"][..]);
     system_dir("APPDATA", &["Library", "Application Support"], xdg)
 }
 

@@ -4,6 +4,10 @@
 //! it, `server` a server that says what a test tells it to. The screens that the unit tests compare are in
 //! `screens`.
 
+#[cfg(unix)]
+mod mcp;
+#[cfg(unix)]
+mod mcp_server;
 mod plain;
 
 #[cfg(unix)]
@@ -14,3 +18,5 @@ mod screen;
 mod server;
 #[cfg(unix)]
 mod terminal;
+#[cfg(unix)]
+mod tls;

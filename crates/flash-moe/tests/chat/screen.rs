@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 
 use super::server::Scripted;
 use super::terminal::Terminal;
+use crate::fixture::converted;
 use crate::program::{Home, text};
 use crate::serve::client::TEMPLATE;
 
@@ -176,6 +177,11 @@ fn no_way_out_of_the_chat_leaves_a_command_running() {
         let listed = String::from_utf8(listed).expect("text");
         assert!(listed.contains("2 messages  Do it"), "{listed}");
     }
+    let home = Home::new();
+    let (mut terminal, _server, pid) = running(&home, true);
+    terminal.signal(Signal::TERM);
+    assert_eq!(terminal.ended().code(), Some(143));
+    assert!(!lives(pid), "without a screen");
 }
 
 #[test]
@@ -232,7 +238,7 @@ fn standard_error_that_takes_nothing_stops_no_plain_chat() {
 }
 
 #[test]
-fn a_model_that_knows_no_tools_takes_over_without_them() {
+fn a_model_that_knows_no_tools_does_not_take_over_where_there_are_some() {
     let home = Home::new();
     let tiny = concat!(env!("CARGO_MANIFEST_DIR"), "/../../models/tiny");
     let able = home.path("able");
@@ -248,8 +254,52 @@ fn a_model_that_knows_no_tools_takes_over_without_them() {
     let mut terminal = Terminal::start(&home, (100, 24), &flags);
     terminal.wait_for("> ");
     terminal.press(&format!("/model {tiny}\r"));
-    let screen = terminal.wait_for("without tools");
-    assert!(screen.contains("tiny answers from here on"), "{screen}");
-    terminal.press("Hello\r\x04");
-    assert!(terminal.ended().success(), "the message is answered");
+    let screen = terminal.wait_for("answers on");
+    assert!(screen.contains("knows no tools"), "{screen}");
+    terminal.press("/model\r");
+    terminal.wait_for("/able, in this process");
+    terminal.press("\x04");
+    assert_eq!(terminal.ended().code(), Some(1), "a command failed");
+}
+#[test]
+fn another_model_loads_while_typing_goes_on_and_one_that_cannot_changes_nothing() {
+    let home = converted();
+    let container = home.path("container");
+    let switch = format!("/model {}\r", container.display());
+    let mut terminal = Terminal::start(&home, (100, 30), &[&MODEL[..], &["-n", "8"]].concat());
+    terminal.wait_for("/help says more");
+    terminal.press("/model /nowhere\r");
+    terminal
+        .wait("an error", |screen| screen.contains("/nowhere") && screen.contains("answers on"));
+    // The model before is closed for one that is found to have no template.
+    let template = container.join("chat_template.jinja");
+    std::fs::rename(&template, home.path("template")).expect("a template");
+    terminal.press(&switch);
+    terminal.wait_for("has no chat template");
+    std::fs::rename(home.path("template"), &template).expect("a template");
+    terminal.press("Hello\r");
+    terminal.wait_for("cut off: the most tokens");
+
+    // A tokenizer that arrives when this test wants it to.
+    let tokenizer = container.join("tokenizer.json");
+    std::fs::rename(&tokenizer, home.path("whole")).expect("a tokenizer");
+    let made = std::process::Command::new("mkfifo").arg(&tokenizer).status().expect("mkfifo");
+    assert!(made.success());
+    terminal.press(&switch);
+    terminal.wait_for("; typing goes on");
+    terminal.press("typed meanwhile");
+    terminal.wait_for("> typed meanwhile");
+    terminal.press("\r");
+    let screen = terminal.wait_for("is loading; send this again when it has");
+    assert!(screen.contains("> typed meanwhile"), "{screen}");
+    let mut pipe = std::fs::OpenOptions::new().write(true).open(&tokenizer).expect("a pipe");
+    let whole = std::fs::read(home.path("whole")).expect("a tokenizer");
+    std::fs::rename(home.path("whole"), &tokenizer).expect("a tokenizer");
+    std::io::Write::write_all(&mut pipe, &whole).expect("a reader");
+    drop(pipe);
+    terminal.wait_for("source answers from here on");
+    terminal.press("\r");
+    terminal.wait("an answer", |screen| screen.matches("cut off: the most tokens").count() == 2);
+    terminal.press("/quit\r");
+    assert!(terminal.ended().success());
 }

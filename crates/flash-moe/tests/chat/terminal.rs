@@ -133,7 +133,14 @@ impl Terminal {
 
     /// Waits for the program to end.
     pub fn ended(&mut self) -> ExitStatus {
-        self.child.wait().expect("a program that ends")
+        let started = Instant::now();
+        loop {
+            if let Some(status) = self.child.try_wait().expect("a child") {
+                return status;
+            }
+            assert!(started.elapsed() < PATIENCE, "it does not end:\n{}", self.screen());
+            thread::park_timeout(Duration::from_millis(10));
+        }
     }
 
     /// Sends it a signal.

@@ -37,7 +37,7 @@ impl Home {
     pub fn command(&self, args: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_flash-moe"));
         command.args(args).env("HOME", self.dir.path()).env_remove("XDG_CACHE_HOME");
-        command.env_remove("XDG_DATA_HOME");
+        command.env_remove("XDG_DATA_HOME").env_remove("XDG_CONFIG_HOME");
         command
             .env_remove("FLASH_MOE_CACHE")
             .env("NO_COLOR", "1")

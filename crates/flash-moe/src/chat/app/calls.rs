@@ -1,6 +1,6 @@
-//! Commands that the model asks for: shown, decided on, run, and answered for.
+//! Calls that the model asks for: shown, decided on, run, and answered for.
 //!
-//! A command waits until the user decides, letter and Enter; what has a result goes back to the model
+//! A call waits until the user decides, letter and Enter; what has a result goes back to the model
 //! when all calls of its answer have one. Nothing that was being typed is lost to a question.
 
 use std::io::Write;
@@ -9,14 +9,14 @@ use std::time::Instant;
 use super::super::conversation::{Call, Message};
 use super::super::editor::Edit;
 use super::super::keys::Action;
-use super::super::tools::declined;
+use super::super::tools::{Asked, declined};
 use super::super::view;
 use super::{App, Mode};
 
 impl<W: Write> App<W> {
     /// A decision is a letter and Enter: what was being typed when the question came decides nothing.
     pub(super) fn confirm_key(&mut self, action: &Action) {
-        let Mode::Confirm { call, command, typed } = &mut self.mode else { return };
+        let Mode::Confirm { call, asked, typed } = &mut self.mode else { return };
         match action {
             Action::Edit(Edit::Insert(text)) => return typed.push_str(text),
             Action::Edit(Edit::Backspace) => {
@@ -29,41 +29,49 @@ impl<W: Write> App<W> {
             _ => return,
         }
         let answer = std::mem::take(typed).trim().to_lowercase();
-        let (call, command) = (call.clone(), command.clone());
+        let (call, asked) = (call.clone(), asked.clone());
         match answer.as_str() {
-            "y" | "yes" => self.run(call, command),
+            "y" | "yes" => self.run(call, asked),
             "a" | "always" => {
-                self.talk.tools.allow(&command);
-                self.note("allowed, letter by letter, until this chat ends");
-                self.run(call, command);
+                self.talk.tools.allow(&asked);
+                self.note(&asked.always());
+                self.run(call, asked);
             }
             "n" | "no" => self.decline(),
             "e" | "edit" => {
                 let draft = self.editor.take();
-                self.editor.set(&command);
-                self.mode = Mode::Change { call, draft };
+                self.editor.set(&asked.text());
+                self.mode = Mode::Change { call, asked, draft };
             }
             _ => self.hint = Some("y, n, a or e, and Enter".into()),
         }
     }
 
-    fn run(&mut self, call: Call, command: String) {
-        let running = self.talk.tools.start(&command);
+    fn run(&mut self, call: Call, asked: Asked) {
+        let running = self.talk.tools.start(asked);
         self.mode = Mode::Running { call, running, since: Instant::now() };
     }
 
     pub(super) fn run_changed(&mut self) {
-        let Mode::Change { call, draft } = std::mem::replace(&mut self.mode, Mode::Typing) else {
+        let Mode::Change { call, asked, draft } = std::mem::replace(&mut self.mode, Mode::Typing)
+        else {
             return;
         };
-        let command = self.editor.take();
+        let text = self.editor.take();
+        let changed = match asked.changed(&text) {
+            Ok(_) if text.trim().is_empty() => None,
+            Ok(changed) => Some(changed),
+            Err(why) => {
+                self.editor.set(&text);
+                self.mode = Mode::Change { call, asked, draft };
+                return self.error(&why);
+            }
+        };
         self.editor.set(&draft);
-        if command.trim().is_empty() {
-            return self.decline_call(&call);
-        }
-        let lines = view::command_lines(&command, self.columns());
+        let Some(changed) = changed else { return self.decline_call(&call) };
+        let lines = view::asked_lines(&changed, self.columns());
         self.above.extend(lines);
-        self.run(call, command);
+        self.run(call, changed);
     }
 
     pub(super) fn cancel_change(&mut self) {
@@ -98,8 +106,8 @@ impl<W: Write> App<W> {
     /// Goes on with the calls of the last answer: the next one, or the model when all have results.
     pub(super) fn next_call(&mut self) {
         for call in self.talk.conversation.open_calls() {
-            match self.talk.tools.command(&call) {
-                Ok(command) => return self.offer(call, command),
+            match self.talk.tools.asked(&call) {
+                Ok(asked) => return self.offer(call, asked),
                 Err(why) => {
                     self.error(&format!("the model's call is refused: {why}"));
                     self.talk.add_result(&call.id, &format!("[{why}]"));
@@ -113,20 +121,19 @@ impl<W: Write> App<W> {
     }
 
     /// Asks the user about a call, unless it was allowed before.
-    fn offer(&mut self, call: Call, command: String) {
+    fn offer(&mut self, call: Call, asked: Asked) {
         self.end_search(false);
-        let directory = self.talk.tools.directory.display().to_string();
-        let lines = view::asked_command(&command, &directory, self.columns());
+        let lines = view::asked(&asked, &self.talk.tools.directory, self.columns());
         self.above.extend(lines);
-        if self.talk.tools.is_allowed(&command) {
+        if self.talk.tools.is_allowed(&asked) {
             self.note("allowed before");
-            self.run(call, command);
+            self.run(call, asked);
         } else {
-            self.mode = Mode::Confirm { call, command, typed: String::new() };
+            self.mode = Mode::Confirm { call, asked, typed: String::new() };
         }
     }
 
-    /// Takes the outcome of a command, once it is there.
+    /// Takes the outcome of a call, once it is there.
     pub(super) fn take_outcome(&mut self) {
         let ran = match &self.mode {
             Mode::Running { running, call, .. } => {

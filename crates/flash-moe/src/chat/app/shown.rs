@@ -8,6 +8,7 @@ use anyhow::Result;
 
 use super::super::editor::{Editor, Layout};
 use super::super::line::{Color, Span, Style};
+use super::super::tools::Asked;
 use super::super::view::{self, Busy, Live, Status};
 use super::{App, Mode};
 
@@ -74,8 +75,11 @@ impl<W: Write> App<W> {
             return Some(names.collect::<Vec<_>>().join("  "));
         }
         match &self.mode {
-            Mode::Confirm { .. } => {
+            Mode::Confirm { asked: Asked::Command(_), .. } => {
                 Some("y yes, n no, a always this exact command, e edit it".into())
+            }
+            Mode::Confirm { asked: Asked::Tool(_), .. } => {
+                Some("y yes, n no, a always this tool, e edit the arguments".into())
             }
             Mode::Change { .. } => Some("Enter runs it, Esc goes back".into()),
             Mode::Search { .. } => Some("Ctrl-R earlier, Enter takes, Esc back".into()),
@@ -89,6 +93,10 @@ impl<W: Write> App<W> {
     fn busy(&self) -> Option<Busy> {
         if let Mode::Running { since, .. } = &self.mode {
             return Some(Busy::Running { time: since.elapsed() });
+        }
+        if let Some(switching) = self.talk.backend.switching() {
+            let (name, time) = (switching.name.clone(), switching.since.elapsed());
+            return Some(Busy::Loading { name, time });
         }
         let pending = self.talk.pending()?;
         let time = pending.started.elapsed();

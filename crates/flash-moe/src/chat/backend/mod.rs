@@ -6,14 +6,15 @@
 
 mod local;
 mod remote;
+mod switch;
+mod tls;
 mod url;
 
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail, ensure};
 use flash_moe_engine::reply::Part;
 use serde_json::Value as Json;
 use tokio::sync::mpsc::UnboundedReceiver;
@@ -25,11 +26,14 @@ use crate::options::run::SamplingArgs;
 use crate::serve::schedule;
 use local::Local;
 use remote::Remote;
+use switch::{Switched, Switching};
 
 /// Who answers.
 pub enum Backend {
     Local(Box<Local>),
     Remote(Remote),
+    /// Nobody yet: another model is being loaded.
+    Switching(Switching),
     /// Nobody: a switch of models failed, and the model before is gone.
     Nobody,
 }
@@ -140,6 +144,7 @@ impl Backend {
         match self {
             Self::Local(local) => local.name(),
             Self::Remote(remote) => remote.model(),
+            Self::Switching(switching) => &switching.name,
             Self::Nobody => "no model",
         }
     }
@@ -149,6 +154,7 @@ impl Backend {
         match self {
             Self::Local(local) => local.place(),
             Self::Remote(remote) => remote.place(),
+            Self::Switching(_) => "it is loading".into(),
             Self::Nobody => String::new(),
         }
     }
@@ -160,7 +166,7 @@ impl Backend {
     pub fn check_tools(&self) -> Result<()> {
         match self {
             Self::Local(local) => local.check_tools(),
-            Self::Remote(_) | Self::Nobody => Ok(()),
+            Self::Remote(_) | Self::Switching(_) | Self::Nobody => Ok(()),
         }
     }
 
@@ -174,6 +180,9 @@ impl Backend {
         let source = match self {
             Self::Local(local) => Source::Local(local.ask(question, &stop)?),
             Self::Remote(remote) => Source::Remote(remote.ask(question, &stop)),
+            Self::Switching(switching) => {
+                bail!("{} is loading; send this again when it has", switching.name)
+            }
             Self::Nobody => bail!("no model is loaded; /model DIR loads one"),
         };
         Ok(Answering { source, stop })
@@ -183,7 +192,7 @@ impl Backend {
     pub fn emitted(&self, before: &Conversation, answer: &Answer) -> Option<Emitted> {
         match self {
             Self::Local(local) => local.emitted(before, answer),
-            Self::Remote(_) | Self::Nobody => None,
+            Self::Remote(_) | Self::Switching(_) | Self::Nobody => None,
         }
     }
 
@@ -194,45 +203,55 @@ impl Backend {
         }
     }
 
-    /// Switches to another model.
+    /// Begins to switch to another model, and does not wait for it.
     ///
     /// # Errors
-    /// There is no such model; the one before goes on, if it can be loaded again.
-    pub fn switch(&mut self, args: &mut ChatArgs, name: &str) -> Result<()> {
-        if let Self::Remote(remote) = self {
-            return remote.switch(name);
-        }
-        let before = args.engine.model.replace(PathBuf::from(name));
-        if let Err(error) = args.engine.open() {
-            args.engine.model = before;
-            return Err(error);
-        }
-        // The memory holds one model at a time.
-        std::mem::replace(self, Self::Nobody).close();
-        match Local::open(args) {
-            Ok(local) => *self = Self::Local(Box::new(local)),
-            Err(error) => {
-                args.engine.model = before;
-                let again = Local::open(args).context("the model before cannot be loaded again")?;
-                *self = Self::Local(Box::new(again));
-                return Err(error);
-            }
-        }
+    /// A switch is under way, or the system has no thread to give.
+    pub fn switch(&mut self, args: &ChatArgs, name: &str) -> Result<()> {
+        ensure!(self.switching().is_none(), "{} is loading", self.model());
+        let before = std::mem::replace(self, Self::Nobody);
+        *self = Self::Switching(Switching::begin(before, args.clone(), name)?);
         Ok(())
+    }
+
+    /// The switch that is under way.
+    pub fn switching(&self) -> Option<&Switching> {
+        match self {
+            Self::Switching(switching) => Some(switching),
+            _ => None,
+        }
+    }
+
+    /// The end of a switch, once, if there is one already: the new flags, or why nothing has changed.
+    pub fn try_switched(&mut self) -> Option<Result<ChatArgs>> {
+        let Switched { backend, outcome } = self.switching()?.try_switched()?;
+        *self = backend;
+        Some(outcome)
+    }
+
+    /// The end of a switch, waited for.
+    pub fn switched(&mut self) -> Option<Result<ChatArgs>> {
+        self.switching()?;
+        let Self::Switching(switching) = std::mem::replace(self, Self::Nobody) else { return None };
+        let Switched { backend, outcome } = switching.switched();
+        *self = backend;
+        Some(outcome)
     }
 
     /// What it has done and takes, where that is known.
     pub fn gauges(&self) -> Option<Gauges> {
         match self {
             Self::Local(local) => Some(local.gauges()),
-            Self::Remote(_) | Self::Nobody => None,
+            Self::Remote(_) | Self::Switching(_) | Self::Nobody => None,
         }
     }
 
     /// Ends, keeping what the next run goes on from.
     pub fn close(self) {
-        if let Self::Local(local) = self {
-            local.close();
+        match self {
+            Self::Local(local) => local.close(),
+            Self::Switching(switching) => switching.abandon(),
+            Self::Remote(_) | Self::Nobody => {}
         }
     }
 }

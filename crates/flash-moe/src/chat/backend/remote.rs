@@ -13,14 +13,17 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use flash_moe_engine::reply::Part;
 use hyper::body::{Body, Incoming};
-use hyper::client::conn::http1;
+use hyper::client::conn::http1::{self, SendRequest};
 use hyper::{Method, Request, Response};
 use hyper_util::rt::TokioIo;
 use serde_json::{Value as Json, json};
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 use tokio::runtime::Runtime;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+use tokio::time::timeout;
 
+use super::tls::Tls;
 use super::url::Address;
 use super::{Done, Event, Question, Tool};
 use crate::chat::conversation::{Arguments, End};
@@ -39,31 +42,36 @@ const BODY_BYTES_MAX: usize = 16 << 20;
 
 /// The server, and the model that is asked for.
 pub struct Remote {
-    address: Address,
+    server: Server,
     key: Option<String>,
     model: String,
     runtime: Runtime,
+}
+
+/// Where it is, and how it is spoken to.
+#[derive(Clone)]
+struct Server {
+    address: Address,
+    tls: Option<Tls>,
 }
 
 impl Remote {
     /// Asks the server for its models.
     ///
     /// # Errors
-    /// The address is none, or nobody answers there; it has no model of that name.
+    /// The address is none, or nobody answers there; its certificate does not hold; it has no model of
+    /// that name.
     pub fn open(address: &str, key: Option<String>, model: Option<String>) -> Result<Self> {
         let address = Address::parse(address)?;
-        ensure!(
-            !address.is_secure,
-            "--connect: https:// is not spoken here; `ssh -L` or a proxy on this machine gives a \
-             server an http:// address"
-        );
+        let tls = address.is_secure.then(|| Tls::new(address.socket_host())).transpose()?;
+        let server = Server { address, tls };
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)
             .thread_name("client")
             .enable_all()
             .build()
             .context("the client's runtime")?;
-        let mut remote = Self { address, key, model: String::new(), runtime };
+        let mut remote = Self { server, key, model: String::new(), runtime };
         match model {
             Some(name) => remote.model = name,
             None => {
@@ -81,7 +89,9 @@ impl Remote {
     }
 
     pub fn place(&self) -> String {
-        format!("http://{}{}", self.address.authority(), self.address.base)
+        let Address { is_secure, base, .. } = &self.server.address;
+        let scheme = if *is_secure { "https" } else { "http" };
+        format!("{scheme}://{}{base}", self.server.address.authority())
     }
 
     /// Asks for another model from here on.
@@ -119,10 +129,10 @@ impl Remote {
         let body = self.body(question);
         let (sender, receiver) = unbounded_channel();
         let request = self.prepared(Method::POST, "/chat/completions", body.to_string());
-        let (address, stop) = (self.address.clone(), Arc::clone(stop));
+        let (server, stop) = (self.server.clone(), Arc::clone(stop));
         self.runtime.spawn(async move {
             let answered = match request {
-                Ok(request) => answer(&address, request, &sender, &stop).await,
+                Ok(request) => answer(&server, request, &sender, &stop).await,
                 Err(error) => Err(error),
             };
             if let Err(error) = answered {
@@ -174,14 +184,14 @@ impl Remote {
         route: &str,
         body: String,
     ) -> Result<Response<Incoming>> {
-        send(&self.address, self.prepared(method, route, body)?).await
+        send(&self.server, self.prepared(method, route, body)?).await
     }
 
     fn prepared(&self, method: Method, route: &str, body: String) -> Result<Request<String>> {
         let mut request = Request::builder()
             .method(method)
-            .uri(format!("{}{route}", self.address.base))
-            .header("host", self.address.authority())
+            .uri(format!("{}{route}", self.server.address.base))
+            .header("host", self.server.address.authority())
             .header("user-agent", concat!("flash-moe/", env!("CARGO_PKG_VERSION")))
             .header("connection", "close");
         if !body.is_empty() {
@@ -200,20 +210,31 @@ fn described(tool: &Tool) -> Json {
     } })
 }
 
-async fn send(address: &Address, request: Request<String>) -> Result<Response<Incoming>> {
-    let place = (address.socket_host(), address.port);
-    let connected = tokio::time::timeout(CONNECT_TIMEOUT, TcpStream::connect(place)).await;
-    let stream = match connected {
-        Ok(stream) => {
-            stream.with_context(|| format!("cannot connect to {}", address.authority()))?
-        }
-        Err(_) => bail!("{} does not answer", address.authority()),
+async fn send(server: &Server, request: Request<String>) -> Result<Response<Incoming>> {
+    let mut sender = match timeout(CONNECT_TIMEOUT, connect(server)).await {
+        Ok(connected) => connected?,
+        Err(_) => bail!("{} does not answer", server.address.authority()),
     };
+    sender.send_request(request).await.context("the connection broke")
+}
+
+async fn connect(Server { address, tls }: &Server) -> Result<SendRequest<String>> {
+    let stream = TcpStream::connect((address.socket_host(), address.port)).await;
+    let stream = stream.with_context(|| format!("cannot connect to {}", address.authority()))?;
     stream.set_nodelay(true)?;
-    let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await?;
+    match tls {
+        Some(tls) => begin(tls.connect(stream).await?).await,
+        None => begin(stream).await,
+    }
+}
+
+async fn begin(
+    stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+) -> Result<SendRequest<String>> {
+    let (sender, connection) = http1::handshake(TokioIo::new(stream)).await?;
     // It ends with the answer, and what goes wrong with it the answer says.
     tokio::spawn(async move { connection.await.unwrap_or(()) });
-    sender.send_request(request).await.context("the connection broke")
+    Ok(sender)
 }
 
 /// The next piece of a body; `None` at its end.
@@ -256,14 +277,14 @@ async fn whole(mut response: Response<Incoming>) -> Result<Json> {
 
 /// Reads one answer to its end.
 async fn answer(
-    address: &Address,
+    server: &Server,
     request: Request<String>,
     events: &UnboundedSender<Event>,
     stop: &AtomicBool,
 ) -> Result<()> {
     let mut reader = Reader::new();
     let mut response = tokio::select! {
-        response = send(address, request) => response?,
+        response = send(server, request) => response?,
         () = stopped(stop, events) => return reader.end(events, Some(End::Stopped)),
     };
     if !response.status().is_success() {

@@ -1,10 +1,9 @@
-//! One command: started in a group of its own, bounded in time and output, killed as a whole.
+//! One command of the shell: started in a group of its own, bounded in time and output, killed as a whole.
 //!
 //! Standard output and standard error share one pipe, so they keep their order. What is left of the
 //! group when the command has ended is killed too; a process that has left the group (`setsid`) is not
 //! ours any more, and what it writes later is lost.
 
-use std::fmt;
 use std::io::{PipeReader, Read};
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -14,6 +13,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use super::group::Groups;
+use super::outcome::{Limits, Output, Ran, Why};
 use crate::options::environment;
 
 /// How often the end of the command is looked for.
@@ -21,53 +22,27 @@ const INTERVAL: Duration = Duration::from_millis(10);
 /// How long the last of the output may take to arrive when the command has ended.
 const LAST_OUTPUT: Duration = Duration::from_millis(500);
 
-/// What a command may take.
-#[derive(Clone, Copy, Debug)]
-pub struct Limits {
-    pub timeout: Duration,
-    pub output_bytes: usize,
-}
-
-/// A command that is over.
-#[derive(Clone, PartialEq, Debug)]
-pub struct Ran {
-    pub output: String,
-    pub why: Why,
-    /// Bytes in the middle of the output that are not in it.
-    pub left_out: usize,
-}
-
-/// Why it is over.
-#[derive(Clone, PartialEq, Debug)]
-pub enum Why {
-    Exited(i32),
-    /// By a signal that was not ours.
-    Killed,
-    TimedOut(Duration),
-    /// By the user.
-    Stopped,
-    NotStarted(String),
-}
-
-impl fmt::Display for Why {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Exited(status) => write!(f, "exit status {status}"),
-            Self::Killed => write!(f, "killed by a signal"),
-            Self::TimedOut(limit) => write!(f, "killed after {} s", limit.as_secs()),
-            Self::Stopped => write!(f, "stopped by the user"),
-            Self::NotStarted(why) => write!(f, "not started: {why}"),
-        }
-    }
-}
-
 /// Runs a command to its end, or until `stop`.
-pub fn run(command: &str, directory: &Path, limits: Limits, stop: &AtomicBool) -> Ran {
+pub fn run(
+    command: &str,
+    directory: &Path,
+    limits: Limits,
+    stop: &AtomicBool,
+    groups: &Groups,
+) -> Ran {
     match start(command, directory) {
-        Ok((child, pipe)) => watch(child, pipe, limits, stop),
-        Err(error) => {
-            Ran { output: String::new(), why: Why::NotStarted(error.to_string()), left_out: 0 }
+        Ok((mut child, pipe)) => {
+            let output = collect(pipe, limits.output_bytes);
+            groups.add(child.id());
+            let why = watch(&mut child, limits.timeout, stop);
+            groups.kill(child.id());
+            // What has ended already is no error.
+            child.kill().unwrap_or(());
+            child.wait().map(drop).unwrap_or(());
+            let (bytes, left_out) = output.last();
+            Ran { output: String::from_utf8_lossy(&bytes).into_owned(), why, left_out }
         }
+        Err(error) => Ran::without_output(Why::NotStarted(error.to_string())),
     }
 }
 
@@ -81,40 +56,26 @@ fn start(command: &str, directory: &Path) -> std::io::Result<(Child, PipeReader)
     Ok((shell.spawn()?, reader))
 }
 
-fn watch(mut child: Child, pipe: PipeReader, limits: Limits, stop: &AtomicBool) -> Ran {
-    let output = collect(pipe, limits.output_bytes);
+fn watch(child: &mut Child, timeout: Duration, stop: &AtomicBool) -> Why {
     let started = Instant::now();
-    let why = loop {
+    loop {
         match child.try_wait() {
-            Ok(Some(status)) => break ended(status),
+            Ok(Some(status)) => return ended(status),
             Ok(None) => {}
-            Err(error) => break Why::NotStarted(error.to_string()),
+            Err(error) => return Why::NotStarted(error.to_string()),
         }
         if stop.load(Ordering::Relaxed) {
-            break Why::Stopped;
+            return Why::Stopped;
         }
-        if started.elapsed() >= limits.timeout {
-            break Why::TimedOut(limits.timeout);
+        if started.elapsed() >= timeout {
+            return Why::TimedOut(timeout);
         }
         thread::sleep(INTERVAL);
-    };
-    kill_group(&mut child);
-    let (bytes, left_out) = output.last();
-    Ran { output: String::from_utf8_lossy(&bytes).into_owned(), why, left_out }
+    }
 }
 
 fn ended(status: ExitStatus) -> Why {
     status.code().map_or(Why::Killed, Why::Exited)
-}
-
-/// Kills the command and all that it started. What has ended already is no error.
-fn kill_group(child: &mut Child) {
-    #[cfg(unix)]
-    if let Some(group) = i32::try_from(child.id()).ok().and_then(rustix::process::Pid::from_raw) {
-        rustix::process::kill_process_group(group, rustix::process::Signal::KILL).unwrap_or(());
-    }
-    child.kill().unwrap_or(());
-    child.wait().map(drop).unwrap_or(());
 }
 
 /// What has been read so far.
@@ -125,7 +86,7 @@ struct Collected {
 
 fn collect(mut pipe: PipeReader, most: usize) -> Collected {
     let (ends, end) = channel();
-    let output = Arc::new(Mutex::new(Output { most, ..Output::default() }));
+    let output = Arc::new(Mutex::new(Output::new(most)));
     let own = Arc::clone(&output);
     thread::spawn(move || {
         let mut bytes = [0; 8192];
@@ -142,36 +103,8 @@ impl Collected {
     fn last(self) -> (Vec<u8>, usize) {
         // Either way nothing comes but time.
         self.end.recv_timeout(LAST_OUTPUT).unwrap_or(());
-        std::mem::take(&mut *self.output.lock().unwrap_or_else(PoisonError::into_inner)).bytes()
-    }
-}
-
-/// The first and the last bytes of an output.
-#[derive(Default)]
-struct Output {
-    most: usize,
-    head: Vec<u8>,
-    tail: std::collections::VecDeque<u8>,
-    left_out: usize,
-}
-
-impl Output {
-    fn take(&mut self, bytes: &[u8]) {
-        let room = (self.most / 2).saturating_sub(self.head.len()).min(bytes.len());
-        self.head.extend_from_slice(&bytes[..room]);
-        self.tail.extend(&bytes[room..]);
-        let surplus = self.tail.len().saturating_sub(self.most - self.most / 2);
-        self.tail.drain(..surplus);
-        self.left_out += surplus;
-    }
-
-    fn bytes(mut self) -> (Vec<u8>, usize) {
-        if self.left_out > 0 {
-            let note = format!("\n[... {} bytes are left out ...]\n", self.left_out);
-            self.head.extend(note.into_bytes());
-        }
-        self.head.extend(self.tail);
-        (self.head, self.left_out)
+        let mut output = self.output.lock().unwrap_or_else(PoisonError::into_inner);
+        std::mem::replace(&mut *output, Output::new(0)).bytes()
     }
 }
 
@@ -180,7 +113,7 @@ mod tests {
     use super::*;
 
     fn ran(command: &str, limits: Limits) -> Ran {
-        run(command, Path::new("/"), limits, &AtomicBool::new(false))
+        run(command, Path::new("/"), limits, &AtomicBool::new(false), &Groups::default())
     }
 
     const LIMITS: Limits = Limits { timeout: Duration::from_secs(60), output_bytes: 1000 };
@@ -210,7 +143,7 @@ mod tests {
             ("sleep 1000 & echo $! > pid", Why::Exited(0)),
         ] {
             let started = Instant::now();
-            let got = run(command, dir.path(), limits, &AtomicBool::new(false));
+            let got = run(command, dir.path(), limits, &AtomicBool::new(false), &Groups::default());
             assert_eq!(got.why, why);
             assert!(started.elapsed() < Duration::from_secs(30));
             let pid = std::fs::read_to_string(dir.path().join("pid")).unwrap();
@@ -231,15 +164,18 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let daemon = "setsid sh -c 'touch up; sleep 2' & while [ ! -e up ]; do :; done";
         let command = format!("echo IMPORTANT; {daemon}; echo last");
-        let got = run(&command, dir.path(), LIMITS, &AtomicBool::new(false));
+        let stop = AtomicBool::new(false);
+        let got = run(&command, dir.path(), LIMITS, &stop, &Groups::default());
         assert_eq!((got.output.as_str(), got.why), ("IMPORTANT\nlast\n", Why::Exited(0)));
     }
 
     #[test]
     fn a_stop_and_a_directory_that_is_gone_are_told() {
-        let got = run("sleep 1000", Path::new("/"), LIMITS, &AtomicBool::new(true));
+        let groups = Groups::default();
+        let got = run("sleep 1000", Path::new("/"), LIMITS, &AtomicBool::new(true), &groups);
         assert_eq!(got.why, Why::Stopped);
-        let got = run("true", Path::new("/nowhere/at/all"), LIMITS, &AtomicBool::new(false));
+        let nowhere = Path::new("/nowhere/at/all");
+        let got = run("true", nowhere, LIMITS, &AtomicBool::new(false), &groups);
         assert!(matches!(got.why, Why::NotStarted(_)), "{got:?}");
     }
 }

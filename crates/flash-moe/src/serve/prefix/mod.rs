@@ -206,7 +206,7 @@ impl PrefixStore {
 
     /// Remembers an answer, for conversations that repeat it.
     pub fn record(&self, turn: Turn) {
-        // Before it goes to the disk: a file that is written anew gets what is remembered.
+        // Before the file, because one that is written anew gets what is remembered.
         self.model.turns.record(turn.clone());
         if let Some(disk) = &self.disk {
             disk.record(turn);

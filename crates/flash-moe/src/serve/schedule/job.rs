@@ -69,7 +69,7 @@ pub struct Limits {
     pub think_budget: usize,
     /// When the request is given up.
     pub deadline: Option<Instant>,
-    /// Ends it at the next token, or between two chunks of its prompt, as if the model had.
+    /// Ends it at the next token, as if the model had, or before the next layer of a chunk of its prompt.
     pub stop: Option<Arc<AtomicBool>>,
 }
 

@@ -2,13 +2,12 @@
 //!
 //! A step is one chunk of the prompt or one token. A token that a job has chosen is taken with those of
 //! the others, before its next step ([`Live::chosen`]). Between steps nothing is half done, so a job
-//! may be dropped after any of them.
+//! may be dropped after any of them. One that is stopped in a chunk of its prompt keeps nothing of it.
 
 use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use flash_moe_engine::Result;
 use flash_moe_engine::engine::Engine;
 use flash_moe_engine::logprobs::logprobs;
 use flash_moe_engine::reply::{Ended, Part, Reply};
@@ -16,6 +15,7 @@ use flash_moe_engine::sampler::Sampler;
 use flash_moe_engine::session::{Checkpoint, Session};
 use flash_moe_engine::shape::TokenId;
 use flash_moe_engine::tokenizer::{TokenStream, Tokenizer};
+use flash_moe_engine::{Error, Result};
 
 use super::super::prefix::{Known, Loading, Place, PrefixStore};
 use super::super::turns::{Said, Turn};
@@ -43,6 +43,7 @@ pub struct Live<'a> {
     emitted: Vec<TokenId>,
     chosen: Option<TokenId>, // not taken yet
     has_begun: bool,
+    is_torn: bool, // given up in the middle of a chunk: the session is worth nothing
     loading: Option<Loading>, // what it begins with
     usage: Usage,
     times: Times,
@@ -76,10 +77,12 @@ impl<'a> Live<'a> {
     pub fn new(engine: &Arc<Engine>, vocabulary: &'a Vocabulary<'a>, job: Job) -> Result<Self> {
         let sampler = Sampler::new(job.sampling.clone(), &job.prompt)?;
         let format = job.format.clone();
+        let mut session = Session::new(engine);
+        job.limits.stop.iter().for_each(|stop| session.give_up_on(Arc::clone(stop)));
         let usage = Usage { prompt: job.prompt.len(), ..Usage::default() };
         Ok(Self {
             vocabulary,
-            session: Session::new(engine),
+            session,
             sampler,
             reply: Reply::new(format.start, format.stops, format.tools),
             text: vocabulary.tokenizer.stream(),
@@ -87,6 +90,7 @@ impl<'a> Live<'a> {
             emitted: Vec::new(),
             chosen: None,
             has_begun: false,
+            is_torn: false,
             loading: None,
             usage,
             times: Times::default(),
@@ -211,7 +215,14 @@ impl<'a> Live<'a> {
         let mark = self.job.marks.iter().find(|mark| mark.position > before);
         let mark = mark.filter(|_| prefixes.is_on()).copied();
         let end = mark.map_or(self.job.prompt.len(), |mark| mark.position);
-        self.session.prefill(&self.job.prompt[before..end], &mut |_| ControlFlow::Break(()))?;
+        let part = &self.job.prompt[before..end];
+        match self.session.prefill(part, &mut |_| ControlFlow::Break(())) {
+            Err(Error::Stopped) => {
+                self.is_torn = true;
+                return Ok(self.end(Finish::Stopped));
+            }
+            taken => drop(taken?),
+        }
         let done = self.session.position();
         if let Some(mark) = mark.filter(|mark| mark.position == done) {
             prefixes.keep(mark.place, self.session.tokens(), || self.session.checkpoint())?;
@@ -226,6 +237,9 @@ impl<'a> Live<'a> {
     /// When the text is over: keeps the point behind it, and what it said.
     fn keep_turn(&mut self, step: Step, prefixes: &mut PrefixStore) -> Result<Step> {
         let Step::Over(outcome) = &step else { return Ok(step) };
+        if self.is_torn {
+            return Ok(step);
+        }
         prefixes.keep(Place::Turn, self.session.tokens(), || self.session.checkpoint())?;
         // A text that was stopped in its answer is one to go on from; a thought or a call is not.
         let stopped = outcome.finish == Finish::Stopped
