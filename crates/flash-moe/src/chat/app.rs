@@ -192,7 +192,8 @@ impl<W: Write> App<W> {
                     for call in &answer.calls {
                         lines.extend(view::called(&call.name, &call.arguments, columns));
                     }
-                    lines.extend(ended(answer.end).map(|text| Line::new(text, Style::DIM)));
+                    let end = ended(answer.end).map(|text| view::note(text, Style::DIM, columns));
+                    lines.extend(end.into_iter().flatten());
                 }
             }
         }
@@ -539,7 +540,7 @@ impl<W: Write> App<W> {
             Heard::Ended(end) => {
                 self.hint = None;
                 self.above.extend(self.stream.finish(columns));
-                self.above.extend(ended(end).map(|text| Line::new(text, Style::DIM)));
+                ended(end).into_iter().for_each(|text| self.note(text));
                 self.next_call();
             }
             Heard::Model(Ok(what)) => self.note(&what),

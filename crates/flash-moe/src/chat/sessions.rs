@@ -231,7 +231,7 @@ fn line(record: &Record) -> Result<String> {
 
 fn lock(file: &File, id: &str) -> Result<()> {
     match file.try_lock() {
-        Err(TryLockError::WouldBlock) => bail!("session {id} is open in another chat"),
+        Err(TryLockError::WouldBlock) => bail!("session {id} is open, in this chat or another"),
         // A file system without locks takes the risk.
         Ok(()) | Err(TryLockError::Error(_)) => Ok(()),
     }
@@ -440,7 +440,7 @@ mod tests {
         let mut session = store.create("tiny");
         session.append(&said("one")).unwrap();
         let error = store.open(session.id(), "").err().unwrap().to_string();
-        assert!(error.contains("open in another chat"), "{error}");
+        assert!(error.contains("is open, in this chat"), "{error}");
         let error = store.open("", session.id()).err().unwrap().to_string();
         assert!(error.contains("no other sessions"), "{error}");
         let error = store.open(session.id(), session.id()).err().unwrap().to_string();

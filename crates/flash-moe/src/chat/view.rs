@@ -240,9 +240,19 @@ pub fn thought(time: Duration) -> Line {
 pub fn note(text: &str, style: Style, columns: usize) -> Vec<Line> {
     let rest = vec![Span::new("  ", Style::PLAIN)];
     let row = |row: &str| {
-        wrap(&Line::new(row, style), columns, Indent { first: Vec::new(), rest: rest.clone() })
+        // A table that is too wide stays readable without its columns.
+        let row = if width(row) > columns { closed_up(row) } else { row.into() };
+        wrap(&Line::new(&row, style), columns, Indent { first: Vec::new(), rest: rest.clone() })
     };
     text.split('\n').flat_map(row).collect()
+}
+
+/// A row whose wide gaps, but for the one it begins with, are two spaces.
+fn closed_up(row: &str) -> String {
+    let text = row.trim_start();
+    let begins = &row[..row.len() - text.len()];
+    let parts = text.split("  ").map(str::trim).filter(|part| !part.is_empty());
+    format!("{begins}{}", parts.collect::<Vec<_>>().join("  "))
 }
 
 /// Names with what they mean, beside each other where there is room.
@@ -403,6 +413,14 @@ mod tests {
         let rows: Vec<String> = result(&text, 80).iter().map(Line::text).collect();
         assert_eq!((rows.len(), rows[4].as_str()), (9, "    \u{2026} 12 more lines"));
         assert_eq!(rows[8], "    row 20");
+    }
+
+    #[test]
+    fn a_table_that_is_too_wide_loses_its_gaps_and_no_word() {
+        let row = "  dense weights            6.8 MiB";
+        let text = |columns| note(row, Style::DIM, columns).iter().map(Line::text).collect();
+        let (wide, narrow): (Vec<String>, Vec<String>) = (text(40), text(30));
+        assert_eq!((wide, narrow), (vec![row.into()], vec!["  dense weights  6.8 MiB".into()]));
     }
 
     #[test]

@@ -9,7 +9,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::sync::mpsc::{Receiver, TryRecvError, channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread;
+use std::thread::{self, JoinHandle};
 use std::time::Instant;
 
 use flash_moe_engine::session::Checkpoint;
@@ -29,6 +29,7 @@ const TURNS_MAX: usize = 1024;
 pub struct Writer {
     shared: Arc<Shared>,
     bounds: PrefixBytes,
+    thread: Option<JoinHandle<()>>,
 }
 
 /// A state and where in its conversation it was made.
@@ -72,6 +73,7 @@ struct Queue {
     states: VecDeque<Placed>, // the first may be half written
     turns: Vec<Turn>,
     writing: usize, // answers
+    is_over: bool,  // nobody waits for what is left
 }
 
 impl Writer {
@@ -89,9 +91,9 @@ impl Writer {
         let (queue, changed) = (Mutex::default(), Condvar::new());
         let shared = Arc::new(Shared { dir, metrics: Arc::clone(metrics), queue, changed });
         let (own, model) = (Arc::clone(&shared), Arc::clone(model));
-        // It ends with the process: what it writes has its name when it is whole, and not before.
-        thread::Builder::new().name("states".into()).spawn(move || own.work_off(log, &model))?;
-        Ok(Self { shared, bounds })
+        let thread = thread::Builder::new().name("states".into());
+        let thread = Some(thread.spawn(move || own.work_off(log, &model))?);
+        Ok(Self { shared, bounds, thread })
     }
 
     /// The longest state of at least `least` tokens that `prompt` begins with, written or not.
@@ -179,6 +181,22 @@ impl Writer {
     }
 }
 
+impl Drop for Writer {
+    /// Ends the thread, and with it its hold on the model and the directory. One that the disk holds up
+    /// ends when that answers: what it writes has its name when it is whole, and not before.
+    fn drop(&mut self) {
+        let mut queue = self.shared.lock();
+        queue.is_over = true;
+        let is_idle = queue.left() == 0;
+        self.shared.changed.notify_all();
+        drop(queue);
+        if let Some(thread) = self.thread.take().filter(|_| is_idle) {
+            // A panic of the thread has been printed where it happened.
+            thread.join().unwrap_or(());
+        }
+    }
+}
+
 impl Queue {
     fn left(&self) -> usize {
         self.states.len() + self.turns.len() + self.writing
@@ -199,8 +217,11 @@ impl Shared {
     fn work_off(&self, mut log: TurnLog, model: &Model) {
         loop {
             let mut queue = self.lock();
-            while queue.left() == 0 {
+            while queue.left() == 0 && !queue.is_over {
                 queue = self.changed.wait(queue).unwrap_or_else(PoisonError::into_inner);
+            }
+            if queue.is_over {
+                return;
             }
             let turns = std::mem::take(&mut queue.turns);
             queue.writing = turns.len();
