@@ -61,6 +61,9 @@ pub enum Error {
         /// Short read, end of file or the system's error.
         reason: String,
     },
+    /// No adapter, a driver that refuses, a plan above the video memory, a device that failed.
+    #[error("gpu: {0}")]
+    Gpu(String),
     /// What failed a step that several timelines took together.
     #[error("{0}")]
     Together(Arc<Self>),
