@@ -188,7 +188,11 @@ fn cli(bytes: u64) -> String {
     format!("{}MiB", bytes.div_ceil(1 << 20))
 }
 
-fn context(shape: &Shape, options: &Options) -> Result<usize> {
+/// Tokens of context that these options mean.
+///
+/// # Errors
+/// None, or more than the model takes.
+pub fn context(shape: &Shape, options: &Options) -> Result<usize> {
     let context = options.context.unwrap_or(CONTEXT_DEFAULT.min(shape.max_positions));
     if context == 0 || context > shape.max_positions {
         return Err(Error::Budget(format!(

@@ -464,6 +464,11 @@ impl Matrix {
         self.precision
     }
 
+    /// Bytes of the weights, the scales and the biases, row after row; the last two empty unless affine.
+    pub fn parts(&self) -> [&[u8]; 3] {
+        [self.weight.bytes(), self.scales.bytes(), self.biases.bytes()]
+    }
+
     /// Bytes of weights, scales and biases.
     pub fn bytes(&self) -> usize {
         self.weight.bytes().len() + self.scales.bytes().len() + self.biases.bytes().len()

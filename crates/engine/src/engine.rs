@@ -12,6 +12,7 @@ use crate::budget::{Budget, Demand};
 use crate::compute::{Arithmetic, Compute, Kin};
 use crate::container::{Container, RecordLayout};
 use crate::error::{Error, Result};
+use crate::gpu::{Gpu, GpuOptions};
 use crate::kv_cache::{KvFormat, KvShape};
 use crate::layer::lookahead::Lookahead;
 use crate::machine;
@@ -55,6 +56,8 @@ pub struct Options {
     pub other_bytes: u64,
     /// Memory that checkpoints beside the sessions may take, in bytes.
     pub kept_bytes: u64,
+    /// The GPU that computes; `None`: the CPU does.
+    pub gpu: Option<GpuOptions>,
 }
 
 /// A loaded model.
@@ -68,6 +71,8 @@ pub struct Engine {
     pub(crate) compute: Compute,
     /// For tokens of several timelines, on the same threads.
     pub(crate) strangers: Compute,
+    /// What computes instead, if anything does.
+    pub(crate) gpu: Option<Gpu>,
 }
 
 impl Engine {
@@ -78,7 +83,12 @@ impl Engine {
     pub fn open(container: Container, options: &Options) -> Result<Self> {
         check(container.shape(), options)?;
         let budget = Budget::plan(&container, options)?;
-        let weights = Weights::load(&container)?;
+        let mut weights = Weights::load(&container)?;
+        let open = |wanted| Gpu::open(&container, &weights, options, wanted);
+        let gpu = options.gpu.as_ref().map(open).transpose()?;
+        if gpu.is_some() {
+            weights.keep_embedding();
+        }
         // The dense weights are taken by now; the rest of the plan is still to come.
         let planned = budget.total() - Demand::of(&container).dense_bytes;
         let free = machine::available_memory().unwrap_or(0);
@@ -99,8 +109,11 @@ impl Engine {
             arithmetic: options.arithmetic,
             kin,
         });
+        if let Some(gpu) = &gpu {
+            gpu.fill(&store)?;
+        }
         let options = options.clone();
-        Ok(Self { container, budget, options, weights, store, compute, strangers })
+        Ok(Self { container, budget, options, weights, store, compute, strangers, gpu })
     }
 
     /// The container it was opened from.
@@ -133,6 +146,11 @@ impl Engine {
         &self.store
     }
 
+    /// The GPU that computes, if one does.
+    pub fn gpu(&self) -> Option<&Gpu> {
+        self.gpu.as_ref()
+    }
+
     /// Layout of the expert records of a layer that has experts.
     pub(crate) fn layout(&self, layer: LayerId) -> &RecordLayout {
         let files = &self.container.manifest().experts;
@@ -158,6 +176,9 @@ impl Engine {
 
 fn check(shape: &Shape, options: &Options) -> Result<()> {
     let experts = shape.moe.experts;
+    if options.gpu.is_some() {
+        check_with_gpu(options)?;
+    }
     match options.experts_per_token {
         Some(k) if k == 0 || k > experts => Err(Error::Shape(format!(
             "{k} experts per token; this model has {experts} and was trained with {}",
@@ -165,4 +186,18 @@ fn check(shape: &Shape, options: &Options) -> Result<()> {
         ))),
         _ => Ok(()),
     }
+}
+
+/// Whether nothing was asked for that only the CPU's blocks do.
+pub(crate) fn check_with_gpu(options: &Options) -> Result<()> {
+    if options.arithmetic != Arithmetic::Exact {
+        return Err(Error::Gpu(format!(
+            "activations as {}: a GPU computes in f32 alone; --device cpu takes it",
+            options.arithmetic.name()
+        )));
+    }
+    if options.lookahead != Lookahead::Off {
+        return Err(Error::Gpu("--lookahead guesses on the CPU; --device cpu takes it".into()));
+    }
+    Ok(())
 }

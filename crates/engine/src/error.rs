@@ -77,6 +77,9 @@ pub enum Error {
     /// The caller gave a chunk of a prompt up before its last layer.
     #[error("stopped in the middle of a prompt")]
     Stopped,
+    /// No adapter, a driver that refuses, a plan above the video memory, a device that failed.
+    #[error("gpu: {0}")]
+    Gpu(String),
     /// What failed a step that several timelines took together.
     #[error("{0}")]
     Together(Arc<Self>),

@@ -85,6 +85,11 @@ impl KvShape {
         self.format.codes().map_or(0, |_| (pages * memory(self.wide_bytes())) as u64)
     }
 
+    /// Bytes of a page that is not coded.
+    pub fn page_bytes(&self) -> u64 {
+        self.wide_bytes().next_multiple_of(size_of::<Line>()) as u64
+    }
+
     fn wide_bytes(&self) -> usize {
         2 * wide_half(self.format, self.head_dim).bytes(self.kv_heads)
     }

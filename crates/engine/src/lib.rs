@@ -20,6 +20,9 @@ pub mod weights;
 
 pub mod session;
 
+#[cfg_attr(not(feature = "gpu"), path = "no_gpu.rs")]
+pub mod gpu;
+
 mod compute;
 mod layer;
 

@@ -5,6 +5,7 @@
 //! chunk of a prompt. A session that met an error refuses further work: its caches hold half a token.
 
 mod checkpoint;
+mod on_device;
 mod pass;
 mod state_file;
 mod synthetic;
@@ -22,6 +23,7 @@ pub use together::Together;
 
 use crate::engine::Engine;
 use crate::error::{Error, Result};
+use crate::gpu::Timeline;
 use crate::kv_cache::{KvCache, Line};
 use crate::layer::delta_net::DeltaState;
 use crate::shape::{ExpertId, Mix, TokenId};
@@ -36,7 +38,8 @@ pub struct Session {
     tokens: Vec<TokenId>, // taken so far
     broken: bool,
     stop: Option<Arc<AtomicBool>>, // gives a chunk up
-    memories: Vec<Memory>,         // [layers]
+    memories: Vec<Memory>,         // [layers]; of no tokens while they are on the device
+    timeline: Option<Timeline>,    // the memories where a GPU computes
     previous: Vec<Vec<ExpertId>>,  // [layers], what the last token used
     scratch: Scratch,
     logits: Vec<f32>, // [vocab], of the last position
@@ -150,6 +153,7 @@ impl Session {
         Self {
             previous: vec![Vec::new(); shape.layers.len()],
             memories: Memory::all(engine, 0),
+            timeline: None,
             logits: vec![0.0; shape.vocab],
             // As many as the context holds, since a step is not to allocate.
             tokens: Vec::with_capacity(engine.context()),
@@ -248,12 +252,17 @@ impl Session {
 
     /// Files what was recorded since the last mark under `prefix.` and the states under
     /// `after_prefix.`, in the arrays and shapes of the reference's goldens.
-    pub fn mark(&mut self, prefix: &str) {
+    ///
+    /// # Errors
+    /// The device that holds the states failed.
+    pub fn mark(&mut self, prefix: &str) -> Result<()> {
         let layers = self.memories.len();
         if let Some(recorder) = &mut self.recorder {
             recorder.finish(prefix, layers, &mut self.trace);
+            self.bring_home()?;
             self.trace_states(prefix);
         }
+        Ok(())
     }
 
     /// Gives away everything that was filed.
@@ -294,7 +303,10 @@ impl Session {
     }
 
     fn advance(&mut self, tokens: &[TokenId], wanted: Wanted) -> Result<()> {
-        let outcome = self.forward(tokens, wanted);
+        let outcome = match self.engine.gpu.is_some() {
+            true => self.forward_on_device(tokens, wanted),
+            false => self.forward(tokens, wanted),
+        };
         self.broken |= outcome.is_err();
         outcome
     }

@@ -85,9 +85,14 @@ impl Timing {
 
     /// Adds the time since `started` to a stage.
     pub fn add(&mut self, stage: Stage, started: Instant, bytes: usize) {
+        self.add_ns(stage, started.elapsed().as_nanos() as u64, bytes as u64);
+    }
+
+    /// Adds a time that something else has measured.
+    pub fn add_ns(&mut self, stage: Stage, ns: u64, bytes: u64) {
         let total = &mut self.totals[stage as usize];
-        total.ns += started.elapsed().as_nanos() as u64;
-        total.bytes += bytes as u64;
+        total.ns += ns;
+        total.bytes += bytes;
         total.calls += 1;
     }
 

@@ -38,6 +38,25 @@ pub struct LayerWeights {
     pub feed_forward: FeedForwardWeights,
 }
 
+impl LayerWeights {
+    /// All matrices.
+    pub fn matrices(&self) -> impl Iterator<Item = &Matrix> {
+        let mix = match &self.mix {
+            MixWeights::Attention(w) => vec![&w.q, &w.k, &w.v, &w.o],
+            MixWeights::DeltaNet(w) => vec![&w.qkv, &w.z, &w.b, &w.a, &w.out],
+        };
+        let feed_forward = match &self.feed_forward {
+            FeedForwardWeights::Dense(block) => vec![&block.gate, &block.up, &block.down],
+            FeedForwardWeights::Experts(w) => {
+                let shared = w.shared.iter();
+                let shared = shared.flat_map(|(b, gate)| [&b.gate, &b.up, &b.down, gate]);
+                std::iter::once(&w.router).chain(shared).collect()
+            }
+        };
+        mix.into_iter().chain(feed_forward)
+    }
+}
+
 /// Weights of a layer's mix.
 pub enum MixWeights {
     /// Full attention.
@@ -136,6 +155,12 @@ impl Weights {
             head,
             layers,
         })
+    }
+
+    /// Gives up everything but the embedding and the norm before the head: the rest is elsewhere now.
+    pub fn keep_embedding(&mut self) {
+        self.layers = Vec::new();
+        self.head = None;
     }
 
     /// The matrix that gives logits.

@@ -40,6 +40,7 @@ fn logits(arithmetic: Arithmetic, threads: usize, prefill_chunk: usize) -> Vec<f
         sessions: 1,
         other_bytes: 0,
         kept_bytes: 0,
+        gpu: None,
     };
     let engine = Arc::new(Engine::open(container, &options).expect("it opens"));
     let mut session = Session::new(&engine);

@@ -234,6 +234,7 @@ fn options() -> Options {
         sessions: 1,
         other_bytes: 0,
         kept_bytes: 0,
+        gpu: None,
     }
 }
 

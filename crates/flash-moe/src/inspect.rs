@@ -188,6 +188,7 @@ fn unlimited() -> Options {
         sessions: 1,
         other_bytes: 0,
         kept_bytes: 0,
+        gpu: None,
     }
 }
 

@@ -23,6 +23,7 @@ mod bench;
 mod plan;
 
 mod convert;
+mod devices;
 mod inspect;
 mod synth;
 mod verify;
@@ -47,6 +48,7 @@ fn main() -> ExitCode {
         Command::Convert(args) => convert::run(&args).map(success),
         Command::Verify(args) => verify::run(&args).map(success),
         Command::Inspect(args) => inspect::run(&args).map(success),
+        Command::Devices => devices::run().map(success),
         Command::Synth(args) => synth::run(&args).map(success),
     };
     match outcome {

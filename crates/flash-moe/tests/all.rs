@@ -20,6 +20,7 @@ mod parity;
 mod bench;
 mod chat;
 mod counts;
+mod gpu;
 mod hot_set;
 mod run;
 mod serve;

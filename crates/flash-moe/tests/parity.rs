@@ -9,10 +9,10 @@ use crate::program::{Home, TraceFile, id_list, text};
 
 /// In what numbers activations meet the weights, and how far from the reference that may lead.
 #[derive(Clone, Copy)]
-struct Numbers {
-    flags: &'static [&'static str],
+pub struct Numbers {
+    pub flags: &'static [&'static str],
     /// Largest difference of a logit or a state; the logits' spread is 3.
-    tolerance: f32,
+    pub tolerance: f32,
 }
 
 const EXACT: Numbers = Numbers { flags: &["--exact"], tolerance: 2e-4 };
@@ -24,7 +24,7 @@ const GREEDY: &str = "17";
 /// What the goldens hold where a dense layer has no experts.
 const NO_EXPERTS: u32 = 255;
 
-struct Model {
+pub struct Model {
     home: Home,
     golden: Golden,
     layers: usize,
@@ -32,7 +32,7 @@ struct Model {
 }
 
 impl Model {
-    fn convert(variant: &str, bits: &[&str], numbers: Numbers) -> Self {
+    pub fn convert(variant: &str, bits: &[&str], numbers: Numbers) -> Self {
         let home = Home::new();
         let source = home.path("source");
         write_checkpoint(variant, &source);
@@ -62,7 +62,7 @@ impl Model {
     }
 
     /// Runs the golden's prompt and compares everything the golden holds.
-    fn agrees(&self, extra: &[&str]) {
+    pub fn agrees(&self, extra: &[&str]) {
         let prompt = self.golden.integers("input_ids").values;
         let (generated, trace) = self.trace(&prompt, GREEDY, extra);
         assert_eq!(
@@ -136,6 +136,17 @@ fn last_rows(shape: &[usize], values: &[f32]) -> Vec<f32> {
     rows.flat_map(|layer| layer[(shape[1] - 1) * shape[2]..].to_vec()).collect()
 }
 
+/// 150 tokens cross the 64-token chunks of the delta rule twice.
+pub fn long_prompt_agrees(model: &Model) {
+    let long = model.golden.integers("long_ids").values;
+    let (_, trace) = model.trace(&long, "1", &[]);
+    model.experts_agree(&trace, "prefill", "long");
+    let (shape, logits) = trace.floats("prefill.logits");
+    model.close(&logits[(shape[0] - 1) * shape[1]..], "long.logits_last", 1);
+    let (shape, layers) = trace.floats("prefill.layer");
+    model.close(&last_rows(&shape, &layers), "long.layer_last", 1);
+}
+
 fn agrees_in_every_way(variant: &str, bits: &[&str], numbers: Numbers) {
     let model = Model::convert(variant, bits, numbers);
     model.agrees(&[]);
@@ -148,17 +159,10 @@ fn agrees_in_every_way(variant: &str, bits: &[&str], numbers: Numbers) {
             false => println!("SKIP {variant} on {isa}: this CPU has none"),
         }
     }
-    // 150 tokens cross the 64-token chunks of the delta rule twice.
-    let long = model.golden.integers("long_ids").values;
-    let (_, trace) = model.trace(&long, "1", &[]);
-    model.experts_agree(&trace, "prefill", "long");
-    let (shape, logits) = trace.floats("prefill.logits");
-    model.close(&logits[(shape[0] - 1) * shape[1]..], "long.logits_last", 1);
-    let (shape, layers) = trace.floats("prefill.layer");
-    model.close(&last_rows(&shape, &layers), "long.layer_last", 1);
+    long_prompt_agrees(&model);
 }
 
-const PLAIN: [&str; 4] = ["--bits", "bf16", "--dense-bits", "bf16"];
+pub const PLAIN: [&str; 4] = ["--bits", "bf16", "--dense-bits", "bf16"];
 
 #[test]
 fn qwen35_with_four_value_heads_a_key_head() {

@@ -57,6 +57,11 @@ impl Rotation {
         }
     }
 
+    /// Cosines and sines of all tokens.
+    pub fn tables(&self) -> (&[f32], &[f32]) {
+        (&self.cos, &self.sin)
+    }
+
     fn at(&self, token: usize, half: usize) -> (&[f32], &[f32]) {
         (&self.cos[token * half..][..half], &self.sin[token * half..][..half])
     }

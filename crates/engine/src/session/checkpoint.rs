@@ -149,13 +149,13 @@ impl Session {
     /// delta-net states are copied, whose size does not depend on the position.
     ///
     /// # Errors
-    /// This session met an error before: what it holds is half a token.
+    /// This session met an error before: what it holds is half a token. The device that holds it failed.
     pub fn checkpoint(&self) -> Result<Checkpoint> {
         self.check_whole()?;
         Ok(Checkpoint {
             identity: Identity::of(self.engine.container(), self.engine.options()),
             tokens: self.tokens.clone(),
-            memories: self.memories.clone(),
+            memories: self.remembered()?.into_owned(),
             previous: self.previous.clone(),
             logits: self.logits.clone(),
         })
@@ -178,9 +178,9 @@ impl Session {
     pub fn adopt(&mut self, checkpoint: Checkpoint) -> Result<()> {
         checkpoint.identity.check(self.engine.container(), self.engine.options())?;
         Checkpoint::check_length(checkpoint.position(), self.engine.context())?;
+        self.replace(checkpoint.memories, checkpoint.tokens.len())?;
         self.tokens.clear();
         self.tokens.extend_from_slice(&checkpoint.tokens);
-        self.memories = checkpoint.memories;
         self.previous = checkpoint.previous;
         self.logits = checkpoint.logits;
         self.broken = false;

@@ -166,7 +166,7 @@ pub struct Scratch {
     pub(super) h: Vec<f32>, // residual stream, [tokens][hidden]
     pub(super) x: Vec<f32>, // normed rows, [tokens][hidden]
     pub(super) y: Vec<f32>, // a block's output, [tokens][hidden]
-    rotation: Rotation,
+    pub(super) rotation: Rotation,
     attention: AttentionScratch,
     delta: DeltaScratch,
     pub(super) routes: Routes,

@@ -141,7 +141,8 @@ impl Session {
         self.check_whole().map_err(std::io::Error::other)?;
         let identity = Identity::of(self.engine.container(), self.engine.options());
         let header = Header { identity, position: self.position() };
-        write(to, &header, (&self.tokens, &self.logits), &self.memories)
+        let memories = self.remembered().map_err(std::io::Error::other)?;
+        write(to, &header, (&self.tokens, &self.logits), &memories)
     }
 }
 

@@ -20,6 +20,7 @@ impl Session {
     /// As [`Session::prefill`].
     pub fn fill_synthetic(&mut self, tokens: &[TokenId]) -> Result<()> {
         self.check(tokens)?;
+        self.bring_home()?;
         let a = &self.engine.shape().attention;
         let width = a.kv_heads * a.head_dim;
         let page = PAGE_POSITIONS * width;

@@ -61,7 +61,9 @@ impl Together {
         for ((session, token), outcome) in steps.iter_mut().zip(&mut outcomes) {
             assert!(Arc::ptr_eq(&session.engine, &self.engine), "a session of this engine");
             let mut row = Row { session, token: *token, outcome };
-            if row.session.recorder.is_some() && row.outcome.is_ok() {
+            // A device takes timelines one after the other.
+            let alone = row.session.recorder.is_some() || self.engine.gpu.is_some();
+            if alone && row.outcome.is_ok() {
                 row.alone();
             } else if row.outcome.is_ok() {
                 rows.push(row);

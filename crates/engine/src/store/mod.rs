@@ -13,7 +13,7 @@ mod queue;
 mod readers;
 #[cfg_attr(not(target_os = "linux"), path = "no_ring.rs")]
 mod ring;
-mod slots;
+pub(crate) mod slots;
 
 pub mod measure;
 pub mod read;

@@ -11,6 +11,7 @@ use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
 use flash_moe_engine::container::Container;
 use flash_moe_engine::engine::Options;
+use flash_moe_engine::gpu::{self, GpuOptions};
 use flash_moe_engine::kv_cache::{KvFormat, PAGE_POSITIONS};
 use flash_moe_engine::store::{IoMode, Reader};
 use flash_moe_engine::tokenizer::{TOKENIZER_FILE, Tokenizer};
@@ -39,6 +40,17 @@ pub struct EngineArgs {
     /// Compute threads [default: one a core]. The numbers do not depend on it.
     #[arg(long, value_name = "N", value_parser = at_least_one, help_heading = "Machine")]
     pub threads: Option<usize>,
+
+    /// What computes: the processor, the first GPU that is no software, or GPU number N as `flash-moe
+    /// devices` counts them. auto takes a discrete GPU on Vulkan that holds the model without its
+    /// experts, and the processor where there is none or where a flag asks for what only it does.
+    #[arg(long, value_name = "auto|cpu|gpu[:N]", default_value = "auto", help_heading = "Machine")]
+    pub device: DeviceChoice,
+
+    /// Video memory to use: 8GiB, 8G or bytes [default: nine tenths of the GPU's own]. What the model
+    /// itself does not need holds experts.
+    #[arg(long, value_name = "SIZE", value_parser = size::parse, help_heading = "Machine")]
+    pub gpu_memory: Option<u64>,
 
     /// Instruction set of the kernels.
     #[arg(long, value_enum, default_value_t = IsaChoice::Auto, help_heading = "Machine")]
@@ -115,6 +127,17 @@ pub struct HotSetArgs {
     /// the numbers.
     #[arg(long, value_name = "auto|off|FILE", default_value = "off", help_heading = "Machine")]
     pub hot_set: HotSetChoice,
+}
+
+/// Values of `--device`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum DeviceChoice {
+    /// A GPU where one fits, as the flag's help says.
+    Auto,
+    /// The processor.
+    Cpu,
+    /// A GPU: this one, or the first that is no software.
+    Gpu(Option<usize>),
 }
 
 /// Values of `--hot-set`.
@@ -224,11 +247,34 @@ impl EngineArgs {
                 .len(),
             None => 0,
         };
-        Ok(Options {
+        let options = Options {
             vocabulary: model.tokenizer.as_ref().map(Tokenizer::count),
             other_bytes: tokenizer_bytes * TOKENIZER_FACTOR,
             ..self.machine_options(context)?
-        })
+        };
+        self.on_device(&model.container, options)
+    }
+
+    /// The same options on the device that was asked for. A GPU computes in f32.
+    fn on_device(&self, container: &Container, options: Options) -> Result<Options> {
+        let on_gpu = |adapter| GpuOptions { adapter, memory_bytes: self.gpu_memory, timed: false };
+        let exact = Options {
+            arithmetic: if self.fast { options.arithmetic } else { Arithmetic::Exact },
+            ..options.clone()
+        };
+        let (gpu, why) = match self.device {
+            DeviceChoice::Gpu(adapter) => (Some(on_gpu(adapter)), String::new()),
+            DeviceChoice::Cpu => (None, "--device is cpu".into()),
+            DeviceChoice::Auto => match gpu::auto(container, &exact, on_gpu(None)) {
+                Ok(adapter) => (Some(adapter), String::new()),
+                Err(why) => (None, format!("--device auto takes the processor: {why}")),
+            },
+        };
+        match (gpu, self.gpu_memory) {
+            (None, Some(_)) => bail!("--gpu-memory needs a GPU, but {why}"),
+            (None, None) => Ok(options),
+            (gpu, _) => Ok(Options { gpu, ..exact }),
+        }
     }
 
     /// The engine's options for a model without a tokenizer, with `context` tokens.
@@ -253,6 +299,7 @@ impl EngineArgs {
             sessions: 1,
             other_bytes: 0,
             kept_bytes: 0,
+            gpu: None,
         })
     }
 
@@ -323,6 +370,22 @@ impl FromStr for HotSetChoice {
             "auto" => Self::Auto,
             path => Self::File(path.into()),
         })
+    }
+}
+
+impl FromStr for DeviceChoice {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "auto" => Ok(Self::Auto),
+            "cpu" => Ok(Self::Cpu),
+            "gpu" => Ok(Self::Gpu(None)),
+            _ => match text.strip_prefix("gpu:").map(str::parse) {
+                Some(Ok(number)) => Ok(Self::Gpu(Some(number))),
+                _ => Err("expected auto, cpu, gpu or gpu:N".into()),
+            },
+        }
     }
 }
 

@@ -48,6 +48,8 @@ pub enum Command {
     Verify(convert::VerifyArgs),
     /// Describe a container.
     Inspect(convert::InspectArgs),
+    /// List the GPUs that --device can name.
+    Devices,
     /// Make a container of random weights.
     Synth(convert::SynthArgs),
 }

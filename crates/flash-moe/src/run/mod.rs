@@ -108,7 +108,8 @@ impl<'a> Run<'a> {
             bail!("--stop needs a model with a tokenizer.json");
         }
         let prompt = prompt::read(args, &model)?;
-        let options = args.engine.engine_options(&model, args.length.context)?;
+        let mut options = args.engine.engine_options(&model, args.length.context)?;
+        options.gpu.iter_mut().for_each(|gpu| gpu.timed = args.output.timing);
         let budget = Budget::plan(&model.container, &options)?;
         let open = |path: &PathBuf| SavedState::open(path, &model.container, &options);
         let state = args.state.load_state.as_ref().map(open).transpose()?;
@@ -129,8 +130,12 @@ impl<'a> Run<'a> {
         spinner.finish_and_clear();
         let hot_set = args.hot_set.file(engine.container());
         hot_set.iter().for_each(|file| file.load(&engine));
+        if let Some(gpu) = engine.gpu() {
+            tell!("flash-moe: note: computing on {}", gpu.budget().adapter);
+        }
         if args.output.timing {
             tell!("memory plan\n{}", engine.budget());
+            engine.gpu().iter().for_each(|gpu| tell!("video memory plan\n{}", gpu.budget()));
         }
         Ok(Self {
             args,
@@ -160,7 +165,7 @@ impl<'a> Run<'a> {
         let prefill_time = started.elapsed();
         let prefill_reads = self.engine.store().counters();
         let prefill_timing = session.timing().clone();
-        session.mark("prefill");
+        session.mark("prefill")?;
         let mut thinking = Thinking::after(session.tokens(), tokenizer, length.think_budget);
         let mut sampler = Sampler::new(self.sampling.clone(), session.tokens())?;
 
@@ -175,7 +180,7 @@ impl<'a> Run<'a> {
             false => (Vec::new(), Finish::Interrupted),
         };
         if session.position() > self.end_of_prompt() {
-            session.mark("decode");
+            session.mark("decode")?;
         }
         let (text, thinking) = answer.finish(thinking.is_inside()).context("standard output")?;
         let whole = started.elapsed();
@@ -278,6 +283,8 @@ impl<'a> Run<'a> {
         let (engine, options) = (&self.engine, self.engine.options());
         Settings {
             sampling: report::sampling(&self.sampling),
+            device: engine.gpu().map_or("cpu".into(), |gpu| gpu.budget().adapter.clone()),
+            experts_in_video_memory: engine.gpu().map(|gpu| gpu.budget().slots_each),
             threads: options.threads,
             isa: options.isa.name(),
             activations: engine.options().arithmetic.name(),

@@ -106,6 +106,10 @@ pub struct Reads {
 pub struct Settings {
     /// Choice of tokens.
     pub sampling: Value,
+    /// What computed: `cpu`, or the name of a GPU.
+    pub device: String,
+    /// Experts of each layer that video memory holds, where a GPU computed.
+    pub experts_in_video_memory: Option<usize>,
     /// Compute threads.
     pub threads: usize,
     /// Instruction set of the kernels.

@@ -95,6 +95,9 @@ impl Model {
         let name = name.unwrap_or_else(|| model.container.manifest().name.clone());
         let opened = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs());
         let engine = Arc::new(Engine::open(model.container, &options)?);
+        if let Some(gpu) = engine.gpu() {
+            log::note(&format!("note: computing on {}", gpu.budget().adapter));
+        }
         Ok(Self {
             engine,
             tokenizer,

@@ -56,6 +56,7 @@ pub fn options(container: &Container, isa: Isa) -> Options {
         sessions: 1,
         other_bytes: 0,
         kept_bytes: 0,
+        gpu: None,
     };
     let plan = Budget::plan(container, &options).expect("a gigabyte is enough");
     options.memory_bytes = Some(plan.fixed_bytes() + SLOTS as u64 * plan.slot_bytes);

@@ -1,0 +1,380 @@
+//! A chunk of a prompt on the device, its tokens together.
+//!
+//! Every matrix is multiplied by all tokens at once; the choice of experts comes back once a layer, the
+//! tokens are sorted by expert here, and every expert is multiplied by all of its tokens, as many experts
+//! at a time as a layer has slots. Outputs are kept apart and added up in the router's order, so neither
+//! the number of slots nor what was in them changes a bit.
+
+use wgpu::{BindGroup, Buffer, ComputePass, ComputePipeline};
+
+use super::clock::Work;
+use super::dense::bytes_of;
+use super::kernels::{ChunkKernels, Compiler};
+use super::layout::{Layout, grouped, top_k};
+use super::source::{Slabs, Sources};
+use super::step::difference;
+use super::timeline::LayerMemory;
+use super::{ChunkInput, Experts, Feeding, Gpu, Layer, Mixing, Part, Timeline, Watch};
+use crate::error::Result;
+use crate::shape::ExpertId;
+use crate::store::{ExpertStore, Purpose};
+use crate::timing::Stage;
+
+/// Tokens of a tile of an expert's product.
+const TILE_TOKENS: usize = 32;
+/// Bytes of the scratch of a chunk at most: a chunk that needs more is taken in parts.
+const SCRATCH_BYTES_MAX: u64 = 1 << 30;
+
+/// What a chunk needs beside what a token does.
+pub struct Chunk {
+    pub(super) layout: Layout,
+    kernels: ChunkKernels,
+    scratch: Buffer,
+    scratch_group: BindGroup,
+    lists: Buffer, // tiles [.. ][4], token of each pair, place of each token's ranks
+    lists_group: BindGroup,
+    landing: Buffer,
+}
+
+/// The layout for as many tokens at once as fit, `most` at most.
+pub fn layout(
+    shape: &crate::shape::Shape,
+    options: &crate::engine::Options,
+    most: usize,
+    buffer_bytes: u64,
+) -> Layout {
+    let bytes = SCRATCH_BYTES_MAX.min(buffer_bytes);
+    let mut tokens = most.max(2);
+    loop {
+        let layout = Layout::new(shape, top_k(shape, options), tokens);
+        if layout.bytes() <= bytes || tokens == 2 {
+            return layout;
+        }
+        tokens = (tokens / 2).max(2);
+    }
+}
+
+/// A token that goes to an expert: its number times the experts for a token, plus the rank.
+struct Sorted {
+    tiles: Vec<[u32; 4]>,            // expert, first pair, pairs
+    tokens: Vec<u32>,                // of each pair
+    places: Vec<u32>,                // of each token's ranks among the pairs
+    experts: Vec<(ExpertId, usize)>, // those that are used, with the number of their tiles
+}
+
+/// Sorts the choices `[tokens][top_k]` by expert, then token.
+fn sort(chosen: &[ExpertId], top_k: usize) -> Sorted {
+    let mut order: Vec<usize> = (0..chosen.len()).collect();
+    order.sort_by_key(|i| (chosen[*i], *i));
+    let mut sorted = Sorted {
+        tiles: Vec::new(),
+        tokens: order.iter().map(|i| (i / top_k) as u32).collect(),
+        places: vec![0; chosen.len()],
+        experts: Vec::new(),
+    };
+    for (place, i) in order.iter().enumerate() {
+        sorted.places[*i] = place as u32;
+    }
+    let mut first = 0;
+    for pairs in order.chunk_by(|a, b| chosen[*a] == chosen[*b]) {
+        let expert = chosen[pairs[0]];
+        for start in (0..pairs.len()).step_by(TILE_TOKENS) {
+            let count = TILE_TOKENS.min(pairs.len() - start);
+            sorted.tiles.push([u32::from(expert.0), (first + start) as u32, count as u32, 0]);
+        }
+        sorted.experts.push((expert, pairs.len().div_ceil(TILE_TOKENS)));
+        first += pairs.len();
+    }
+    sorted
+}
+
+impl Chunk {
+    /// Compiles the kernels and takes the memory.
+    ///
+    /// # Errors
+    /// The driver refuses a kernel; the device has no memory left.
+    pub fn new(compiler: &Compiler, layout: Layout, slabs: &[Slabs]) -> Result<Self> {
+        let (device, views) = (compiler.device, compiler.views);
+        let sources = Sources {
+            declarations: layout.declarations(compiler.shape),
+            precisions: compiler.sources.precisions.clone(),
+            subgroups: compiler.sources.subgroups,
+        };
+        let kernels = compiler.chunk(&sources, slabs)?;
+        let scratch = device.buffer("scratch of a chunk", layout.bytes())?;
+        let lists =
+            device.buffer("lists of a chunk", lists_bytes(&layout, compiler.shape.moe.experts))?;
+        Ok(Self {
+            kernels,
+            scratch_group: device.group(&views.scratch, &[&scratch])?,
+            lists_group: device.group(&views.read, &[&lists])?,
+            landing: device.landing(layout.bytes())?,
+            scratch,
+            lists,
+            layout,
+        })
+    }
+}
+
+/// Bytes of the lists at most: a tile holds a pair or more, and every expert may have one that is not
+/// full.
+pub fn lists_bytes(layout: &Layout, experts: usize) -> u64 {
+    let pairs = layout.at("WEIGHTS_AT") - layout.at("CHOSEN_AT");
+    (4 * (pairs / TILE_TOKENS + experts.min(pairs)) + 2 * pairs) as u64 * 4 + 64
+}
+
+impl Gpu {
+    /// Tokens that [`Gpu::chunk`] takes at most.
+    pub fn chunk_tokens(&self) -> usize {
+        self.chunk.layout.tokens()
+    }
+
+    /// Takes several tokens. Their rows of the residual stream go to `rows`, `[tokens][hidden]`.
+    ///
+    /// # Errors
+    /// A failed read of an expert; the device failed.
+    pub fn chunk(
+        &self,
+        store: &ExpertStore,
+        timeline: &Timeline,
+        input: &ChunkInput,
+        rows: &mut [f32],
+        mut watch: Option<Watch>,
+    ) -> Result<()> {
+        let _scratch = self.lock();
+        let hidden = self.shape.hidden;
+        let tokens = rows.len() / hidden;
+        let put = |name: &str, values: &[f32]| {
+            let at = self.chunk.layout.at(name) as u64 * 4;
+            self.device.write(&self.chunk.scratch, at, bytemuck::cast_slice(values));
+        };
+        put("H_AT", input.h);
+        put("COS_AT", input.cos);
+        put("SIN_AT", input.sin);
+        put("TOKEN_AT", &[input.position, tokens].map(|n| f32::from_bits(n as u32)));
+        let mut before = input.h.to_vec();
+        for (i, (layer, memory)) in self.layers.iter().zip(&timeline.layers).enumerate() {
+            let mut work = self.chunk_work();
+            self.mix_rows(&mut work, layer, memory, tokens);
+            let Some(watch) = &mut watch else {
+                self.feed_rows(store, layer, tokens, work)?;
+                continue;
+            };
+            self.device.submit(work.done());
+            let mixed = self.look_rows("H_AT", tokens * hidden)?;
+            watch("mixer", Some(i), &difference(&mixed, &before));
+            self.feed_rows(store, layer, tokens, self.chunk_work())?;
+            if matches!(layer.feed_forward, Feeding::Experts(_)) {
+                let (experts, pairs) = (self.shape.moe.experts, tokens * self.top_k);
+                watch("router_logits", Some(i), &self.look_rows("ROUTER_AT", tokens * experts)?);
+                watch("router_weights", Some(i), &self.look_rows("WEIGHTS_AT", pairs)?);
+                watch("router_indices", Some(i), &self.look_rows("CHOSEN_AT", pairs)?);
+            }
+            before = self.look_rows("H_AT", tokens * hidden)?;
+            watch("moe", Some(i), &difference(&before, &mixed));
+            watch("layer", Some(i), &before);
+        }
+        rows.copy_from_slice(&self.look_rows("H_AT", tokens * hidden)?);
+        Ok(())
+    }
+
+    fn chunk_work(&self) -> Work<'_> {
+        Work::new(&self.device, self.clock.as_ref(), &self.chunk.scratch_group)
+    }
+
+    /// A kernel for every token, with the vector of the part that is multiplied next.
+    fn rows(
+        &self,
+        pass: &mut ComputePass,
+        kernel: &ComputePipeline,
+        part: &Part,
+        counts: [usize; 2],
+    ) {
+        pass.set_pipeline(kernel);
+        pass.set_bind_group(1, &part.group, &[]);
+        pass.dispatch_workgroups(counts[0] as u32, counts[1] as u32, 1);
+    }
+
+    fn gemm(
+        &self,
+        pass: &mut ComputePass,
+        kernel: &ComputePipeline,
+        parts: &[Part],
+        tokens: usize,
+    ) {
+        pass.set_pipeline(kernel);
+        for part in parts {
+            pass.set_bind_group(1, &part.group, &[]);
+            pass.dispatch_workgroups(part.tiles, tokens.div_ceil(64) as u32, 1);
+        }
+    }
+
+    /// `h += mix(norm(h))` of every token.
+    fn mix_rows(&self, work: &mut Work, layer: &Layer, memory: &LayerMemory, tokens: usize) {
+        let k = &self.chunk.kernels;
+        match (&layer.mix, &k.attention, &k.delta) {
+            (Mixing::Attention { project, norms, out }, Some(kernels), _) => {
+                let a = &self.shape.attention;
+                let pass = work.stage(Stage::Attention, bytes_of(project) + bytes_of(out));
+                self.rows(pass, &k.norm, &project[0], [tokens, 1]);
+                self.gemm(pass, &k.project, project, tokens);
+                pass.set_pipeline(&kernels.turn);
+                pass.set_bind_group(1, norms, &[]);
+                pass.set_bind_group(2, &memory.write, &[]);
+                pass.dispatch_workgroups((a.heads + a.kv_heads) as u32, tokens as u32, 1);
+                pass.set_pipeline(&kernels.attend);
+                pass.set_bind_group(1, &memory.read, &[]);
+                let groups = a.heads / grouped(&self.shape);
+                pass.dispatch_workgroups(groups as u32, tokens as u32, 1);
+                self.gemm(pass, &kernels.out, out, tokens);
+            }
+            (Mixing::DeltaNet { project, vectors, out }, _, Some(kernels)) => {
+                let d = self.shape.delta.as_ref().expect("a delta-net layer has its dimensions");
+                let pass = work.stage(Stage::DeltaNet, bytes_of(project) + bytes_of(out));
+                self.rows(pass, &k.norm, &project[0], [tokens, 1]);
+                self.gemm(pass, &k.project, project, tokens);
+                pass.set_pipeline(&kernels.rows);
+                pass.set_bind_group(1, vectors, &[]);
+                pass.set_bind_group(2, &memory.read, &[]);
+                let heads = 2 * d.key_heads + d.value_heads;
+                pass.dispatch_workgroups(heads as u32, tokens as u32, 1);
+                pass.set_pipeline(&kernels.scan);
+                pass.set_bind_group(2, &memory.write, &[]);
+                pass.dispatch_workgroups(d.value_heads as u32, d.value_dim as u32 / 32, 1);
+                self.rows(pass, &kernels.heads, &out[0], [d.value_heads, tokens]);
+                self.gemm(pass, &kernels.out, out, tokens);
+            }
+            _ => unreachable!("kernels are compiled for every kind of layer that there is"),
+        }
+    }
+
+    /// `h += experts(norm(h))` of every token, behind what is in the encoder already.
+    fn feed_rows(
+        &self,
+        store: &ExpertStore,
+        layer: &Layer,
+        tokens: usize,
+        mut work: Work,
+    ) -> Result<()> {
+        let k = &self.chunk.kernels;
+        let experts = match &layer.feed_forward {
+            Feeding::Dense { up, down } => {
+                let pass = work.stage(Stage::Dense, bytes_of(up) + bytes_of(down));
+                self.rows(pass, &k.norm, &up[0], [tokens, 1]);
+                self.gemm(pass, &k.project, up, tokens);
+                let kernel = k.dense_down.as_ref().expect("compiled where a layer is dense");
+                self.gemm(pass, kernel, down, tokens);
+                self.device.submit(work.done());
+                return self.device.check();
+            }
+            Feeding::Experts(experts) => experts,
+        };
+        let pass = work.stage(Stage::Route, bytes_of(&experts.route));
+        self.rows(pass, &k.norm, &experts.route[0], [tokens, 1]);
+        self.gemm(pass, &k.project, &experts.route, tokens);
+        pass.set_pipeline(&k.choose);
+        pass.dispatch_workgroups(tokens as u32, 1, 1);
+        let chosen = self.read_rows_chosen(work, tokens)?;
+        self.experts_rows(store, experts, &chosen, tokens)
+    }
+
+    fn read_rows_chosen(&self, work: Work, tokens: usize) -> Result<Vec<ExpertId>> {
+        let mut encoder = work.done();
+        let bytes = (tokens * self.top_k) as u64 * 4;
+        let from = self.chunk.layout.at("CHOSEN_AT") as u64 * 4;
+        let landing = &self.chunk.landing;
+        encoder.copy_buffer_to_buffer(&self.chunk.scratch, from, landing, 0, bytes);
+        self.device.submit(encoder);
+        self.device.landed(landing, bytes, |landed| {
+            let ids = bytemuck::cast_slice::<u8, u32>(landed).iter();
+            ids.map(|id| ExpertId(*id as u16)).collect()
+        })
+    }
+
+    fn experts_rows(
+        &self,
+        store: &ExpertStore,
+        experts: &Experts,
+        chosen: &[ExpertId],
+        tokens: usize,
+    ) -> Result<()> {
+        let k = &self.chunk.kernels;
+        let sorted = sort(chosen, self.top_k);
+        let tokens_at = sorted.tiles.len() * 4;
+        let places_at = tokens_at + sorted.tokens.len();
+        let at = self.chunk.layout.at("TOKEN_AT") as u64 * 4 + 8;
+        let numbers = [places_at as u32, tokens_at as u32];
+        self.device.write(&self.chunk.scratch, at, bytemuck::cast_slice(&numbers));
+        let (list, places) = (tokens_at as u64 * 4, places_at as u64 * 4);
+        self.device.write(&self.chunk.lists, list, bytemuck::cast_slice(&sorted.tokens));
+        self.device.write(&self.chunk.lists, places, bytemuck::cast_slice(&sorted.places));
+        let (mut rest, mut tiles) = (&sorted.experts[..], &sorted.tiles[..]);
+        while !rest.is_empty() {
+            let (wave, after) = rest.split_at(rest.len().min(self.budget.slots_each));
+            let count = wave.iter().map(|(_, tiles)| tiles).sum();
+            let (now, later) = tiles.split_at(count);
+            let ids: Vec<ExpertId> = wave.iter().map(|(expert, _)| *expert).collect();
+            self.bring(store, experts, &ids, Purpose::Scan)?;
+            self.device.write(&self.chunk.lists, 0, bytemuck::cast_slice(now));
+            let mut work = self.chunk_work();
+            let kernels = &k.experts[experts.kernels];
+            let bytes =
+                wave.len() * self.kernels.experts[experts.kernels].slabs.layout.record_bytes();
+            let pass = work.stage(Stage::Experts, bytes as u64);
+            pass.set_bind_group(1, &experts.slots.group, &[]);
+            pass.set_bind_group(2, &self.chunk.lists_group, &[]);
+            pass.set_pipeline(&kernels.up);
+            pass.dispatch_workgroups(self.shape.moe.width.div_ceil(64) as u32, count as u32, 1);
+            pass.set_pipeline(&kernels.down);
+            pass.dispatch_workgroups(self.shape.hidden.div_ceil(64) as u32, count as u32, 1);
+            if after.is_empty() {
+                pass.set_pipeline(&k.join);
+                pass.set_bind_group(1, &self.chunk.lists_group, &[]);
+                pass.dispatch_workgroups(tokens as u32, 1, 1);
+                if let (Some(shared), Some(kernel)) = (&experts.shared, &k.shared_down) {
+                    self.gemm(pass, kernel, std::slice::from_ref(shared), tokens);
+                }
+            }
+            self.device.submit(work.done());
+            (rest, tiles) = (after, later);
+        }
+        self.device.check()
+    }
+
+    fn look_rows(&self, name: &str, words: usize) -> Result<Vec<f32>> {
+        let mut encoder = self.device.encoder();
+        let (from, bytes) = (self.chunk.layout.at(name) as u64 * 4, words as u64 * 4);
+        let landing = &self.chunk.landing;
+        encoder.copy_buffer_to_buffer(&self.chunk.scratch, from, landing, 0, bytes);
+        self.device.submit(encoder);
+        self.device.landed(landing, bytes, |landed| bytemuck::cast_slice(landed).to_vec())
+    }
+
+    /// Logits of a row of the residual stream.
+    ///
+    /// # Errors
+    /// The device failed.
+    pub fn logits(&self, h: &[f32], logits: &mut [f32]) -> Result<()> {
+        let _scratch = self.lock();
+        self.device.write(&self.scratch, 0, bytemuck::cast_slice(h));
+        self.finish(super::Logits::Into(logits), self.work())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pairs_are_sorted_by_expert_and_found_again() {
+        let chosen = [5, 2, 2, 0, 5, 7].map(ExpertId);
+        let sorted = sort(&chosen, 2);
+        assert_eq!(sorted.tiles, [[0, 0, 1, 0], [2, 1, 2, 0], [5, 3, 2, 0], [7, 5, 1, 0]]);
+        assert_eq!(sorted.tokens, [1, 0, 1, 0, 2, 2]);
+        assert_eq!(sorted.places, [3, 1, 2, 0, 4, 5]);
+        assert_eq!(sorted.experts.len(), 4);
+        let many = sort(&[ExpertId(1); 70], 1);
+        let tiles: Vec<[u32; 2]> = many.tiles.iter().map(|t| [t[1], t[2]]).collect();
+        assert_eq!(tiles, [[0, 32], [32, 32], [64, 6]]);
+    }
+}

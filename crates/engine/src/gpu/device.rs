@@ -1,0 +1,411 @@
+//! The opened device: its queue, its buffers, its kernels, and the one place where it is waited for.
+//!
+//! What goes wrong on a device arrives late and through callbacks. Allocation and compilation are held
+//! in error scopes and answer at once; everything else is kept here and becomes the error of the next
+//! call that waits. Nothing after that is trusted.
+
+#![allow(unsafe_code, reason = "kernels without run-time checks, and the size of video memory")]
+
+use std::future::Future;
+use std::pin::pin;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll, Waker};
+
+use wgpu::util::DeviceExt;
+use wgpu::{BindGroup, BindGroupLayout, Buffer, BufferUsages, ComputePipeline};
+
+use crate::budget::gib;
+use crate::error::{Error, Result};
+
+/// Lanes of a team: rows are shared out over teams of so many.
+pub const TEAM: u32 = 32;
+
+/// Bytes written to the device between two submissions, so that what is staged does not pile up.
+pub const STAGED_BYTES_MAX: u64 = 256 << 20;
+
+/// A device and its queue.
+pub struct Device {
+    device: wgpu::Device,
+    queue: wgpu::Queue,
+    failure: Arc<Mutex<Option<String>>>,
+    /// Whether lanes of a team are lanes of one subgroup.
+    pub subgroups: bool,
+}
+
+/// How a kernel sees a buffer.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Access {
+    /// It only reads.
+    Read,
+    /// It reads and writes.
+    Write,
+}
+
+impl Device {
+    /// Opens an adapter with all that it offers.
+    ///
+    /// # Errors
+    /// The driver refuses.
+    pub fn open(adapter: &wgpu::Adapter) -> Result<Self> {
+        let info = adapter.get_info();
+        let has_subgroups = adapter.features().contains(wgpu::Features::SUBGROUP);
+        let subgroups = has_subgroups && info.subgroup_min_size >= TEAM;
+        let wanted = wgpu::Features::SUBGROUP | wgpu::Features::TIMESTAMP_QUERY;
+        let descriptor = wgpu::DeviceDescriptor {
+            required_features: adapter.features() & wanted,
+            required_limits: adapter.limits(),
+            memory_hints: wgpu::MemoryHints::Performance,
+            ..Default::default()
+        };
+        let (device, queue) = at_once(adapter.request_device(&descriptor))
+            .map_err(|e| Error::Gpu(format!("{}: the device does not open: {e}", info.name)))?;
+        let failure = Arc::new(Mutex::new(None));
+        let keep = |failure: &Arc<Mutex<Option<String>>>| {
+            let failure = Arc::clone(failure);
+            move |what: String| {
+                let mut first = failure.lock().unwrap_or_else(PoisonError::into_inner);
+                first.get_or_insert(what);
+            }
+        };
+        let kept = keep(&failure);
+        device.on_uncaptured_error(Arc::new(move |error: wgpu::Error| kept(in_words(&error))));
+        let kept = keep(&failure);
+        device.set_device_lost_callback(move |reason, message| {
+            kept(format!("the device is lost ({reason:?}: {message}); start again"));
+        });
+        Ok(Self { device, queue, failure, subgroups })
+    }
+
+    /// What went wrong since it was opened, if anything did.
+    ///
+    /// # Errors
+    /// The first thing.
+    pub fn check(&self) -> Result<()> {
+        match &*self.failure.lock().unwrap_or_else(PoisonError::into_inner) {
+            Some(what) => Err(Error::Gpu(what.clone())),
+            None => Ok(()),
+        }
+    }
+
+    /// Does `make`, whose errors are the caller's.
+    fn scoped<T>(&self, what: &str, make: impl FnOnce() -> T) -> Result<T> {
+        let filters = [
+            wgpu::ErrorFilter::Internal,
+            wgpu::ErrorFilter::OutOfMemory,
+            wgpu::ErrorFilter::Validation,
+        ];
+        let [internal, memory, validation] = filters.map(|f| self.device.push_error_scope(f));
+        let made = make();
+        for scope in [validation, memory, internal] {
+            if let Some(error) = at_once(scope.pop()) {
+                return Err(Error::Gpu(format!("{what}: {}", in_words(&error))));
+            }
+        }
+        self.check().map(|()| made)
+    }
+
+    /// A buffer of zeros for kernels, which can be written and read from here.
+    ///
+    /// # Errors
+    /// Larger than the device allows, or than its memory.
+    pub fn buffer(&self, name: &str, bytes: u64) -> Result<Buffer> {
+        let usage = BufferUsages::STORAGE | BufferUsages::COPY_DST | BufferUsages::COPY_SRC;
+        self.allocate(name, bytes, usage)
+    }
+
+    /// Memory that the device copies to and this program reads.
+    ///
+    /// # Errors
+    /// As [`Device::buffer`].
+    pub fn landing(&self, bytes: u64) -> Result<Buffer> {
+        self.allocate("read back", bytes, BufferUsages::MAP_READ | BufferUsages::COPY_DST)
+    }
+
+    fn allocate(&self, name: &str, bytes: u64, usage: BufferUsages) -> Result<Buffer> {
+        let size = bytes.next_multiple_of(16).max(16);
+        self.scoped(&format!("{name}, {}", gib(bytes)), || {
+            self.device.create_buffer(&wgpu::BufferDescriptor {
+                label: Some(name),
+                size,
+                usage,
+                mapped_at_creation: false,
+            })
+        })
+    }
+
+    /// A buffer with these contents.
+    ///
+    /// # Errors
+    /// As [`Device::buffer`].
+    pub fn filled(&self, name: &str, contents: &[u8]) -> Result<Buffer> {
+        self.scoped(&format!("{name}, {}", gib(contents.len() as u64)), || {
+            self.device.create_buffer_init(&wgpu::util::BufferInitDescriptor {
+                label: Some(name),
+                contents,
+                usage: BufferUsages::STORAGE | BufferUsages::COPY_DST | BufferUsages::COPY_SRC,
+            })
+        })
+    }
+
+    /// Room for time stamps, where the device has them.
+    ///
+    /// # Errors
+    /// As [`Device::buffer`].
+    pub fn stamps(&self, count: u32) -> Result<Option<wgpu::QuerySet>> {
+        if !self.device.features().contains(wgpu::Features::TIMESTAMP_QUERY) {
+            return Ok(None);
+        }
+        let ty = wgpu::QueryType::Timestamp;
+        let descriptor = wgpu::QuerySetDescriptor { label: None, ty, count };
+        self.scoped("time stamps", || Some(self.device.create_query_set(&descriptor)))
+    }
+
+    /// Memory for time stamps as numbers.
+    ///
+    /// # Errors
+    /// As [`Device::buffer`].
+    pub fn resolved(&self, bytes: u64) -> Result<Buffer> {
+        self.allocate("time stamps", bytes, BufferUsages::QUERY_RESOLVE | BufferUsages::COPY_SRC)
+    }
+
+    /// Nanoseconds of a time stamp's unit.
+    pub fn tick_ns(&self) -> f32 {
+        self.queue.get_timestamp_period()
+    }
+
+    /// Writes bytes, before everything that is submitted from here on.
+    pub fn write(&self, buffer: &Buffer, offset: u64, bytes: &[u8]) {
+        self.queue.write_buffer(buffer, offset, bytes);
+    }
+
+    /// Memory that is written before everything that is submitted after it is dropped.
+    ///
+    /// # Errors
+    /// There is none left, or the device failed.
+    pub fn room(
+        &self,
+        buffer: &Buffer,
+        offset: u64,
+        bytes: u64,
+    ) -> Result<wgpu::QueueWriteBufferView> {
+        let size = std::num::NonZeroU64::new(bytes).expect("something is written");
+        let view = self.queue.write_buffer_with(buffer, offset, size);
+        view.ok_or_else(|| {
+            let why = self.check().err();
+            why.unwrap_or_else(|| Error::Gpu("no memory for a copy to the device".into()))
+        })
+    }
+
+    /// As [`Device::write`], of much: what is staged is handed over and waited for part by part.
+    ///
+    /// # Errors
+    /// The device failed.
+    pub fn write_all(&self, buffer: &Buffer, offset: u64, bytes: &[u8]) -> Result<()> {
+        for (i, part) in bytes.chunks(STAGED_BYTES_MAX as usize).enumerate() {
+            self.write(buffer, offset + i as u64 * STAGED_BYTES_MAX, part);
+            self.flush()?;
+        }
+        Ok(())
+    }
+
+    /// Sees what was written so far to the device.
+    ///
+    /// # Errors
+    /// The device failed.
+    pub fn flush(&self) -> Result<()> {
+        self.queue.submit([]);
+        self.wait()
+    }
+
+    /// Layouts of a group of buffers that kernels see so.
+    pub fn layout(&self, accesses: &[Access]) -> BindGroupLayout {
+        let entry = |(binding, access): (u32, &Access)| wgpu::BindGroupLayoutEntry {
+            binding,
+            visibility: wgpu::ShaderStages::COMPUTE,
+            ty: wgpu::BindingType::Buffer {
+                ty: wgpu::BufferBindingType::Storage { read_only: *access == Access::Read },
+                has_dynamic_offset: false,
+                min_binding_size: None,
+            },
+            count: None,
+        };
+        let entries: Vec<_> = (0..).zip(accesses).map(entry).collect();
+        self.device.create_bind_group_layout(&wgpu::BindGroupLayoutDescriptor {
+            label: None,
+            entries: &entries,
+        })
+    }
+
+    /// Buffers for a kernel, in the order of the layout.
+    ///
+    /// # Errors
+    /// One is larger than a kernel can be given.
+    pub fn group(&self, layout: &BindGroupLayout, buffers: &[&Buffer]) -> Result<BindGroup> {
+        let entries = (0..).zip(buffers).map(|(binding, buffer)| wgpu::BindGroupEntry {
+            binding,
+            resource: buffer.as_entire_binding(),
+        });
+        let entries: Vec<_> = entries.collect();
+        self.scoped("a group of buffers", || {
+            self.device.create_bind_group(&wgpu::BindGroupDescriptor {
+                label: None,
+                layout,
+                entries: &entries,
+            })
+        })
+    }
+
+    /// Compiles a kernel, `main` in its source.
+    ///
+    /// # Errors
+    /// The driver refuses it.
+    pub fn kernel(
+        &self,
+        name: &str,
+        source: &str,
+        groups: &[&BindGroupLayout],
+    ) -> Result<ComputePipeline> {
+        self.scoped(&format!("kernel {name}"), || {
+            let shader = wgpu::ShaderModuleDescriptor {
+                label: Some(name),
+                source: wgpu::ShaderSource::Wgsl(source.into()),
+            };
+            // SAFETY: indices in our kernels come from the constants in front of them, from headers
+            // that `dense` writes and from ids below the number of experts; buffers are made for the
+            // largest of each (`layout`, `dense`, `slots`), and every loop has a bound.
+            let module = unsafe {
+                let unchecked = wgpu::ShaderRuntimeChecks::unchecked();
+                self.device.create_shader_module_trusted(shader, unchecked)
+            };
+            let groups: Vec<_> = groups.iter().copied().map(Some).collect();
+            let layout = self.device.create_pipeline_layout(&wgpu::PipelineLayoutDescriptor {
+                label: None,
+                bind_group_layouts: &groups,
+                immediate_size: 0,
+            });
+            self.device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
+                label: Some(name),
+                layout: Some(&layout),
+                module: &module,
+                entry_point: Some("main"),
+                compilation_options: wgpu::PipelineCompilationOptions {
+                    zero_initialize_workgroup_memory: false,
+                    ..Default::default()
+                },
+                cache: None,
+            })
+        })
+    }
+
+    /// Commands to come.
+    pub fn encoder(&self) -> wgpu::CommandEncoder {
+        self.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default())
+    }
+
+    /// Hands commands over.
+    pub fn submit(&self, encoder: wgpu::CommandEncoder) {
+        self.submit_all([encoder.finish()]);
+    }
+
+    /// Hands over what was written before.
+    pub fn submit_all(&self, commands: impl IntoIterator<Item = wgpu::CommandBuffer>) {
+        self.queue.submit(commands);
+    }
+
+    /// Waits for everything that was submitted.
+    ///
+    /// # Errors
+    /// The device failed.
+    pub fn wait(&self) -> Result<()> {
+        let waited = self.device.poll(wgpu::PollType::wait_indefinitely());
+        self.check()?;
+        waited.map(|_| ()).map_err(|e| Error::Gpu(format!("waiting for the device: {e}")))
+    }
+
+    /// Waits, then hands the first `bytes` of a landing buffer to `take`.
+    ///
+    /// # Errors
+    /// The device failed.
+    pub fn landed<T>(
+        &self,
+        landing: &Buffer,
+        bytes: u64,
+        take: impl FnOnce(&[u8]) -> T,
+    ) -> Result<T> {
+        let slice = landing.slice(..bytes);
+        let failure = Arc::clone(&self.failure);
+        slice.map_async(wgpu::MapMode::Read, move |outcome| {
+            if let Err(error) = outcome {
+                let mut first = failure.lock().unwrap_or_else(PoisonError::into_inner);
+                first.get_or_insert(format!("reading back: {error}"));
+            }
+        });
+        self.wait()?;
+        let view =
+            slice.get_mapped_range().map_err(|e| Error::Gpu(format!("reading back: {e}")))?;
+        let taken = take(&view);
+        drop(view);
+        landing.unmap();
+        Ok(taken)
+    }
+
+    /// Copies a part of a buffer here.
+    ///
+    /// # Errors
+    /// The device failed.
+    pub fn read(&self, buffer: &Buffer, offset: u64, to: &mut [u8]) -> Result<()> {
+        for (i, to) in to.chunks_mut(STAGED_BYTES_MAX as usize).enumerate() {
+            let bytes = to.len() as u64;
+            let landing = self.landing(bytes)?;
+            let mut encoder = self.encoder();
+            let from = offset + i as u64 * STAGED_BYTES_MAX;
+            encoder.copy_buffer_to_buffer(buffer, from, &landing, 0, bytes);
+            self.submit(encoder);
+            self.landed(&landing, bytes, |from| to.copy_from_slice(from))?;
+        }
+        Ok(())
+    }
+}
+
+fn in_words(error: &wgpu::Error) -> String {
+    match error {
+        wgpu::Error::OutOfMemory { .. } => {
+            "the device has not enough memory left; give a smaller --gpu-memory or --context".into()
+        }
+        other => other.to_string(),
+    }
+}
+
+/// The value of a future of wgpu's, which without a browser are ready when they are made.
+pub fn at_once<T>(future: impl Future<Output = T>) -> T {
+    let mut future = pin!(future);
+    let mut context = Context::from_waker(Waker::noop());
+    loop {
+        if let Poll::Ready(value) = future.as_mut().poll(&mut context) {
+            return value;
+        }
+        std::thread::yield_now();
+    }
+}
+
+/// Bytes of memory that belong to the device itself, where the system says.
+pub fn own_memory(adapter: &wgpu::Adapter) -> Option<u64> {
+    #[cfg(not(target_vendor = "apple"))]
+    {
+        // SAFETY: the guard outlives the use of what it gives, and nothing is destroyed.
+        let adapter = unsafe { adapter.as_hal::<wgpu::hal::api::Vulkan>() }?;
+        let instance = adapter.shared_instance().raw_instance();
+        // SAFETY: the physical device is of this instance, and both are alive behind the guard.
+        let memory = unsafe {
+            instance.get_physical_device_memory_properties(adapter.raw_physical_device())
+        };
+        let heaps = &memory.memory_heaps[..memory.memory_heap_count as usize];
+        // Bit 0 of a heap's flags: VK_MEMORY_HEAP_DEVICE_LOCAL_BIT.
+        heaps.iter().filter(|heap| heap.flags.as_raw() & 1 == 1).map(|heap| heap.size).max()
+    }
+    #[cfg(target_vendor = "apple")]
+    {
+        let _unknown = adapter;
+        None
+    }
+}

@@ -1,0 +1,174 @@
+//! Where everything lies in the scratch buffer, and the constants that the kernels are compiled with.
+//!
+//! One scratch buffer serves every kernel of a token: each dispatch reads what the one before it wrote,
+//! so they run one after the other anyway. Its places are constants of the kernels' source.
+
+use crate::engine::Options;
+use crate::shape::{DeltaNet, Shape};
+
+/// Parts of the attention over a context, at most.
+pub const SPLITS_MAX: usize = 64;
+/// Elements of the input that a workgroup holds at once: 28 of the 32 KiB that devices have.
+pub const BLOCK_MAX: usize = 7168;
+/// Query heads that a workgroup attends for together.
+const GROUPED_MAX: usize = 8;
+/// Header of a part of the dense weights, in vectors of 16 bytes: a count, and three for each segment.
+pub const HEADER_VECTORS: usize = 16;
+/// Segments that the header holds.
+pub const SEGMENTS_MAX: usize = (HEADER_VECTORS - 1) / 3;
+/// Words that tell a token's kernels about it.
+const TOKEN_WORDS: usize = 4;
+
+/// The scratch of one token or of a chunk, and the constants.
+pub struct Layout {
+    rows: usize,
+    names: Vec<(&'static str, usize)>,
+    places: Vec<(&'static str, usize)>,
+    words: usize,
+}
+
+/// Elements of the input that a workgroup stages at once, of a vector so long.
+pub fn block(cols: usize) -> usize {
+    cols.next_multiple_of(1024).min(BLOCK_MAX)
+}
+
+/// Query heads that share a workgroup: they share a key/value head.
+pub fn grouped(shape: &Shape) -> usize {
+    let each = shape.attention.heads / shape.attention.kv_heads;
+    (1..=GROUPED_MAX.min(each)).rev().find(|n| each.is_multiple_of(*n)).unwrap_or(1)
+}
+
+impl Layout {
+    /// That of so many tokens at once, with so many experts each.
+    pub fn new(shape: &Shape, top_k: usize, rows: usize) -> Self {
+        let mut layout = Self { rows, names: Vec::new(), places: Vec::new(), words: 0 };
+        layout.constants(shape, top_k);
+        layout.rows(shape, top_k);
+        match rows {
+            1 => layout.token(shape),
+            _ => layout.chunk(shape, top_k),
+        }
+        layout
+    }
+
+    /// Tokens at once.
+    pub fn tokens(&self) -> usize {
+        self.rows
+    }
+
+    /// Where a part begins, in words.
+    ///
+    /// # Panics
+    /// There is no such part.
+    pub fn at(&self, name: &str) -> usize {
+        let found = self.places.iter().find(|(n, _)| *n == name);
+        found.unwrap_or_else(|| panic!("no part of the scratch is called {name}")).1
+    }
+
+    /// Bytes of the scratch.
+    pub fn bytes(&self) -> u64 {
+        self.words as u64 * 4
+    }
+
+    /// The declarations in front of every kernel.
+    pub fn declarations(&self, shape: &Shape) -> String {
+        let all = self.names.iter().chain(&self.places);
+        let numbers = all.map(|(name, value)| format!("const {name}: u32 = {value}u;\n"));
+        let mut text: String = numbers.collect();
+        text += &format!("const EPS: f32 = {:e};\n", shape.rms_eps);
+        text += &format!("const GATED: bool = {};\n", shape.attention.gate);
+        text += &format!("const RENORMALISE: bool = {};\n", shape.moe.renormalise);
+        text
+    }
+
+    fn place(&mut self, name: &'static str, words: usize) {
+        self.places.push((name, self.words));
+        self.words += words.next_multiple_of(64);
+    }
+
+    fn constants(&mut self, shape: &Shape, top_k: usize) {
+        let (a, moe) = (&shape.attention, &shape.moe);
+        self.names.extend([
+            ("HIDDEN", shape.hidden),
+            ("HEADS", a.heads),
+            ("KV_HEADS", a.kv_heads),
+            ("HEAD_DIM", a.head_dim),
+            ("ROTARY", a.rotary_dims),
+            ("QUERY_STRIDE", query_stride(shape)),
+            ("GROUPED", grouped(shape)),
+            ("SPLITS_MAX", SPLITS_MAX),
+            ("EXPERTS", moe.experts),
+            ("TOP_K", top_k),
+            ("WIDTH", moe.width),
+            ("SHARED_WIDTH", moe.shared_width),
+            ("VECTOR_AT", HEADER_VECTORS),
+        ]);
+        if let Some(d) = &shape.delta {
+            self.names.extend([
+                ("KEY_HEADS", d.key_heads),
+                ("VALUE_HEADS", d.value_heads),
+                ("KEY_DIM", d.key_dim),
+                ("VALUE_DIM", d.value_dim),
+                ("VALUE_BLOCKS", d.value_dim / 32),
+                ("CHANNELS", d.conv_channels()),
+                ("HISTORY_AT", d.value_heads * d.key_dim * d.value_dim),
+            ]);
+        }
+    }
+
+    /// What every token has a row of.
+    fn rows(&mut self, shape: &Shape, top_k: usize) {
+        let (a, moe, rows) = (&shape.attention, &shape.moe, self.rows);
+        // What is written for each token comes first and in one piece.
+        self.place("H_AT", rows * shape.hidden);
+        self.place("COS_AT", rows * a.rotary_dims / 2);
+        self.place("SIN_AT", rows * a.rotary_dims / 2);
+        self.place("TOKEN_AT", TOKEN_WORDS);
+        self.place("RANKS_AT", top_k);
+        self.place("NORMED_AT", rows * shape.hidden);
+        self.place("QUERY_AT", rows * a.heads * query_stride(shape));
+        self.place("KEY_AT", rows * a.kv_heads * a.head_dim);
+        self.place("VALUE_AT", rows * a.kv_heads * a.head_dim);
+        let width = shape.delta.as_ref().map_or(0, DeltaNet::value_width);
+        self.place("MIXED_AT", rows * width.max(a.heads * a.head_dim));
+        if let Some(d) = &shape.delta {
+            self.place("RAW_AT", rows * d.conv_channels());
+            self.place("Z_AT", rows * d.value_width());
+            self.place("B_AT", rows * d.value_heads);
+            self.place("A_AT", rows * d.value_heads);
+        }
+        self.place("ROUTER_AT", rows * moe.experts);
+        self.place("SHARED_GATE_AT", rows * moe.shared_width);
+        self.place("SHARED_UP_AT", rows * moe.shared_width);
+        self.place("SHARED_SIGMOID_AT", rows);
+        self.place("CHOSEN_AT", rows * top_k);
+        self.place("WEIGHTS_AT", rows * top_k);
+        self.place("ACTIVE_AT", rows * top_k * moe.width);
+        self.place("GATE_AT", rows * shape.dense_width);
+        self.place("UP_AT", rows * shape.dense_width);
+    }
+
+    fn token(&mut self, shape: &Shape) {
+        let a = &shape.attention;
+        self.place("PARTS_AT", a.heads * SPLITS_MAX * (a.head_dim + 2));
+        if let Some(d) = &shape.delta {
+            self.place("SQUARES_AT", d.value_heads * d.value_dim / 32);
+        }
+        self.place("LOGITS_AT", shape.vocab);
+    }
+
+    fn chunk(&mut self, shape: &Shape, top_k: usize) {
+        let channels = shape.delta.as_ref().map_or(0, DeltaNet::conv_channels);
+        self.place("CONVOLVED_AT", self.rows * channels);
+        self.place("OUTPUT_AT", self.rows * top_k * shape.hidden);
+    }
+}
+
+fn query_stride(shape: &Shape) -> usize {
+    shape.attention.head_dim * if shape.attention.gate { 2 } else { 1 }
+}
+
+/// Experts chosen for a token.
+pub fn top_k(shape: &Shape, options: &Options) -> usize {
+    options.experts_per_token.unwrap_or(shape.moe.top_k)
+}

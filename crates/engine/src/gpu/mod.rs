@@ -1,0 +1,496 @@
+//! A model on a GPU: every block of the forward pass as kernels, through wgpu.
+//!
+//! One source in WGSL reaches Vulkan, Metal and Direct3D 12. Dense weights lie in video memory as the
+//! container has them and are unpacked where they are multiplied, in f32; experts lie in slots of video
+//! memory, filled from the store. When all experts have a slot the device routes by itself and a token
+//! is one submission; otherwise the choice comes back once a layer. Refuses what does not fit before
+//! anything is allocated. The CPU's blocks are the truth that this is tested against.
+
+mod adapters;
+mod asked;
+mod chunk;
+mod clock;
+mod dense;
+mod device;
+mod kernels;
+mod layout;
+mod plan;
+mod slots;
+mod source;
+mod step;
+mod timeline;
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use wgpu::{BindGroup, Buffer};
+
+pub use adapters::{Adapter, AdapterKind, adapters, auto, pick};
+pub use asked::{ChunkInput, GpuOptions, Logits, NO_ADAPTER, Token, VideoBudget, Watch};
+pub use timeline::Timeline;
+
+use crate::budget::context;
+use crate::container::{Container, Matrix, Precision};
+use crate::engine::Options;
+use crate::error::{Error, Result};
+use crate::kv_cache::{KvFormat, KvShape};
+use crate::shape::{ExpertId, LayerId, Shape};
+use crate::store::{ExpertStore, Purpose};
+use crate::timing::Timing;
+use crate::weights::{
+    AttentionWeights, DeltaNetWeights, FeedForwardWeights, LayerWeights, MixWeights, MoeWeights,
+    Weights,
+};
+use chunk::Chunk;
+use clock::{Clock, Work};
+use dense::{Packing, Part, Segment};
+use device::Device;
+use kernels::{Compiler, Kernels, Views};
+use layout::Layout;
+use slots::LayerSlots;
+use source::{Lying, Slabs, Sources};
+use step::Ahead;
+
+/// Records that are copied at once.
+const COPIES_MAX: usize = 8;
+
+/// A model on a device.
+pub struct Gpu {
+    device: Device,
+    views: Views,
+    kernels: Kernels,
+    layout: Layout,
+    budget: VideoBudget,
+    layers: Vec<Layer>,
+    head: Vec<Part>,
+    kv: KvShape,
+    shape: Shape,
+    top_k: usize,
+    scratch: Buffer,
+    scratch_group: BindGroup,
+    landing: Buffer,
+    chunk: Chunk,
+    clock: Option<Clock>,
+    busy: Mutex<Option<Ahead>>, // one token at a time uses the scratch
+}
+
+struct Layer {
+    mix: Mixing,
+    feed_forward: Feeding,
+}
+
+enum Mixing {
+    Attention { project: Vec<Part>, norms: BindGroup, out: Vec<Part> },
+    DeltaNet { project: Vec<Part>, vectors: BindGroup, out: Vec<Part> },
+}
+
+enum Feeding {
+    Dense { up: Vec<Part>, down: Vec<Part> },
+    Experts(Box<Experts>),
+}
+
+struct Experts {
+    route: Vec<Part>,
+    shared: Option<Part>,
+    slots: LayerSlots,
+    kernels: usize, // which of `Kernels::experts`
+}
+
+impl Gpu {
+    /// Plans the video memory, then brings the dense weights there and compiles the kernels. Experts
+    /// follow with [`Gpu::fill`] or when a token asks for them.
+    ///
+    /// # Errors
+    /// No such adapter; a format that the kernels do not take; a plan above the limit, as a table; the
+    /// driver refuses.
+    pub fn open(
+        container: &Container,
+        weights: &Weights,
+        options: &Options,
+        wanted: &GpuOptions,
+    ) -> Result<Self> {
+        let shape = container.shape();
+        check(shape, options)?;
+        let (_, adapter) = pick(wanted.adapter)?;
+        let layout = Layout::new(shape, layout::top_k(shape, options), 1);
+        let most = options.prefill_chunk.min(context(shape, options)?);
+        let of_chunk = chunk::layout(shape, options, most, adapter.binding_bytes);
+        let budget = plan::plan(
+            &plan::Demand { container, weights, options, layouts: [&layout, &of_chunk] },
+            &adapter,
+            wanted,
+        )?;
+        let device = Device::open(&adapter.adapter)?;
+        let sources = Sources {
+            declarations: layout.declarations(shape),
+            precisions: precisions(weights),
+            subgroups: device.subgroups,
+        };
+        let views = Views::new(&device);
+        let each = slots_of_layers(container, weights, &budget)?;
+        let distinct = distinct(&each);
+        let halves = options.kv_cache == KvFormat::F16;
+        let compiler =
+            Compiler { device: &device, views: &views, sources: &sources, shape, halves };
+        let kernels = compiler.all(&distinct)?;
+        let loader = Loader {
+            device: &device,
+            views: &views,
+            kernels: &kernels,
+            layouts: [&layout, &of_chunk],
+            shape,
+            packing: Packing {
+                precisions: &sources.precisions,
+                buffer_bytes: adapter.binding_bytes,
+                view: &views.read,
+            },
+            slots: budget.slots_each,
+        };
+        let layers = loader.layers(weights, &each)?;
+        let head = [Segment { matrix: weights.head(), to: layout.at("LOGITS_AT"), chunk_to: 0 }];
+        let head = loader.pack("head", &head, &weights.norm, kernels.project.rows)?;
+        let slabs: Vec<Slabs> = distinct.iter().map(|(slabs, _)| slabs.clone()).collect();
+        let chunk = Chunk::new(&compiler, of_chunk, &slabs)?;
+        let clock = if wanted.timed { Clock::new(&device)? } else { None };
+        let scratch = device.buffer("scratch", layout.bytes())?;
+        Ok(Self {
+            scratch_group: device.group(&views.scratch, &[&scratch])?,
+            landing: device.landing(layout.bytes())?,
+            kv: KvShape::of(&shape.attention, options.kv_cache),
+            shape: shape.clone(),
+            top_k: layout::top_k(shape, options),
+            busy: Mutex::new(None),
+            chunk,
+            clock,
+            device,
+            views,
+            kernels,
+            layout,
+            budget,
+            layers,
+            head,
+            scratch,
+        })
+    }
+
+    /// The plan of its video memory.
+    pub fn budget(&self) -> &VideoBudget {
+        &self.budget
+    }
+
+    /// Brings all experts in when all have a slot; afterwards no token waits for one.
+    ///
+    /// # Errors
+    /// A failed read; the device failed.
+    pub fn fill(&self, store: &ExpertStore) -> Result<()> {
+        if !self.budget.resident {
+            return Ok(());
+        }
+        for layer in &self.layers {
+            let Feeding::Experts(experts) = &layer.feed_forward else { continue };
+            let all: Vec<ExpertId> =
+                (0..self.shape.moe.experts).map(|e| ExpertId(e as u16)).collect();
+            let slots = self.budget.slots_each.max(1);
+            all.chunks(slots)
+                .try_for_each(|some| self.bring(store, experts, some, Purpose::Scan))?;
+        }
+        Ok(())
+    }
+
+    /// Sees to it that these experts of a layer are in their slots. Records are copied into the driver's
+    /// memory by several threads: one alone is slower than the way to the device.
+    fn bring(
+        &self,
+        store: &ExpertStore,
+        experts: &Experts,
+        wanted: &[ExpertId],
+        purpose: Purpose,
+    ) -> Result<()> {
+        let slots = &experts.slots;
+        let claim = slots.claim(wanted.iter().copied());
+        let missing = claim.missing.iter().map(|(e, _)| (*e, purpose));
+        let mut sweep = store.sweep(slots.layer(), missing);
+        // Records that are held keep slots of the store from the reads that follow.
+        let batch = (store.slots() / 4).clamp(1, COPIES_MAX);
+        let mut staged = 0;
+        for places in claim.missing.chunks(batch) {
+            let mut records = Vec::with_capacity(batch);
+            for place in places {
+                let record = sweep.next_in_order()?.expect("as many records as were asked for");
+                staged += record.len() as u64;
+                records.push((slots.room(&self.device, *place)?, record));
+            }
+            std::thread::scope(|scope| {
+                let mut copies = records.iter_mut();
+                let own = copies.next();
+                for (room, record) in copies {
+                    scope.spawn(|| room.copy_from_slice(&record[..room.len()]));
+                }
+                if let Some((room, record)) = own {
+                    room.copy_from_slice(&record[..room.len()]);
+                }
+            });
+            drop(records);
+            places.iter().for_each(|place| slots.landed(&self.device, *place));
+            if staged > device::STAGED_BYTES_MAX {
+                self.device.flush()?;
+                staged = 0;
+            }
+        }
+        Ok(())
+    }
+
+    /// Adds what the device's clock has seen since the last call.
+    ///
+    /// # Errors
+    /// The device failed.
+    pub fn time(&self, timing: &mut Timing) -> Result<()> {
+        match &self.clock {
+            Some(clock) => clock.read(&self.device, timing),
+            None => Ok(()),
+        }
+    }
+
+    fn work(&self) -> Work<'_> {
+        Work::new(&self.device, self.clock.as_ref(), &self.scratch_group)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<Ahead>> {
+        self.busy.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The ways in which layers' slots lie, each once.
+fn distinct(layers: &[Option<Lying>]) -> Vec<Lying> {
+    let mut distinct: Vec<Lying> = Vec::new();
+    for lying in layers.iter().flatten() {
+        if !distinct.contains(lying) {
+            distinct.push(lying.clone());
+        }
+    }
+    distinct
+}
+
+/// Whether the kernels take this model and these options.
+pub fn check(shape: &Shape, options: &Options) -> Result<()> {
+    let refuse = |what: String| Err(Error::Gpu(format!("{what}; --device cpu takes it")));
+    if !matches!(options.kv_cache, KvFormat::F32 | KvFormat::F16) {
+        return refuse(format!(
+            "--kv-cache {} on a GPU, which keeps keys and values in f32 or f16",
+            options.kv_cache
+        ));
+    }
+    let a = &shape.attention;
+    if a.head_dim > 256 || !a.head_dim.is_multiple_of(16) {
+        return refuse(format!(
+            "heads {} wide, the GPU's kernels take multiples of 16 up to 256",
+            a.head_dim
+        ));
+    }
+    if shape.hidden > layout::BLOCK_MAX || !shape.hidden.is_multiple_of(32) {
+        return refuse(format!(
+            "a hidden size of {}, the GPU's kernels take multiples of 32 up to {}",
+            shape.hidden,
+            layout::BLOCK_MAX
+        ));
+    }
+    if let Some(d) = &shape.delta {
+        let fits =
+            d.key_dim <= 256 && d.key_dim.is_multiple_of(8) && d.value_dim.is_multiple_of(32);
+        if !fits || d.conv_taps != 4 {
+            return refuse(format!(
+                "delta-net heads of {} by {} with {} taps, the GPU's kernels take keys up to 256 in \
+                 eights, values in multiples of 32, and 4 taps",
+                d.key_dim, d.value_dim, d.conv_taps
+            ));
+        }
+    }
+    if layout::top_k(shape, options) > 64 {
+        return refuse("more than 64 experts for a token".into());
+    }
+    Ok(())
+}
+
+/// Layouts of the dense weights, each once.
+fn precisions(weights: &Weights) -> Vec<Precision> {
+    let mut all = vec![weights.head().precision()];
+    let mut add = |precision| {
+        if !all.contains(&precision) {
+            all.push(precision);
+        }
+    };
+    for matrix in weights.layers.iter().flat_map(LayerWeights::matrices) {
+        add(matrix.precision());
+    }
+    all
+}
+
+/// How each layer's slots lie, and how its shared expert's down is stored; `None` for a dense layer.
+fn slots_of_layers(
+    container: &Container,
+    weights: &Weights,
+    budget: &VideoBudget,
+) -> Result<Vec<Option<Lying>>> {
+    let mut layouts = container.layouts().iter();
+    let of = |layer: &LayerWeights| {
+        let FeedForwardWeights::Experts(w) = &layer.feed_forward else { return Ok(None) };
+        let layout = layouts.next().expect("a layout for each layer with experts");
+        let slabs = slots::slabs(layout, budget.slots_each, budget.buffer_bytes)?;
+        Ok(Some((slabs, w.shared.as_ref().map(|(block, _)| block.down.precision()))))
+    };
+    weights.layers.iter().map(of).collect()
+}
+
+/// Brings dense weights to the device, layer by layer.
+struct Loader<'a> {
+    device: &'a Device,
+    views: &'a Views,
+    kernels: &'a Kernels,
+    layouts: [&'a Layout; 2],
+    shape: &'a Shape,
+    packing: Packing<'a>,
+    slots: usize,
+}
+
+impl Loader<'_> {
+    fn layers(&self, weights: &Weights, slots: &[Option<Lying>]) -> Result<Vec<Layer>> {
+        let layers = weights.layers.iter().zip(slots).zip(0u16..);
+        let load = |((layer, slots), id): ((&LayerWeights, &Option<_>), u16)| {
+            Ok(Layer {
+                mix: match &layer.mix {
+                    MixWeights::Attention(w) => self.attention(layer, w)?,
+                    MixWeights::DeltaNet(w) => self.delta_net(layer, w)?,
+                },
+                feed_forward: match (&layer.feed_forward, slots) {
+                    (FeedForwardWeights::Experts(w), Some(slots)) => {
+                        self.experts(LayerId(id), &layer.post_norm, w, slots)?
+                    }
+                    (FeedForwardWeights::Dense(block), _) => {
+                        let up = [(&block.gate, "GATE_AT"), (&block.up, "UP_AT")];
+                        let down = self.kernels.dense_down.as_ref();
+                        let down = down.expect("compiled where a layer is dense");
+                        Feeding::Dense {
+                            up: self.segments(
+                                "dense block",
+                                &up,
+                                &layer.post_norm,
+                                self.kernels.project.rows,
+                            )?,
+                            down: self.segments(
+                                "dense block",
+                                &[(&block.down, "H_AT")],
+                                &[],
+                                down.rows,
+                            )?,
+                        }
+                    }
+                    (FeedForwardWeights::Experts(_), None) => {
+                        unreachable!("a layer with experts has slots")
+                    }
+                },
+            })
+        };
+        layers.map(load).collect()
+    }
+
+    fn pack(
+        &self,
+        name: &str,
+        segments: &[Segment],
+        vector: &[f32],
+        rows: usize,
+    ) -> Result<Vec<Part>> {
+        self.packing.pack(self.device, name, segments, vector, rows)
+    }
+
+    fn segments<'w>(
+        &self,
+        name: &str,
+        matrices: &[(&'w Matrix, &str)],
+        vector: &[f32],
+        rows: usize,
+    ) -> Result<Vec<Part>> {
+        let segment = |(matrix, place): &(&'w Matrix, &str)| {
+            let [to, chunk_to] = self.layouts.map(|layout| layout.at(place));
+            Segment { matrix, to, chunk_to }
+        };
+        let segments: Vec<Segment> = matrices.iter().map(segment).collect();
+        self.pack(name, &segments, vector, rows)
+    }
+
+    fn vectors(&self, vectors: &[&[f32]]) -> Result<BindGroup> {
+        let all = vectors.concat();
+        let buffer = self.device.filled("vectors", bytemuck::cast_slice(&all))?;
+        self.device.group(&self.views.read, &[&buffer])
+    }
+
+    fn attention(&self, layer: &LayerWeights, w: &AttentionWeights) -> Result<Mixing> {
+        let project = [(&w.q, "QUERY_AT"), (&w.k, "KEY_AT"), (&w.v, "VALUE_AT")];
+        let out = self.kernels.attention.as_ref().expect("compiled where a layer has attention");
+        Ok(Mixing::Attention {
+            project: self.segments(
+                "attention",
+                &project,
+                &layer.input_norm,
+                self.kernels.project.rows,
+            )?,
+            norms: self.vectors(&[&w.q_norm, &w.k_norm])?,
+            out: self.segments("attention", &[(&w.o, "H_AT")], &[], out.out.rows)?,
+        })
+    }
+
+    fn delta_net(&self, layer: &LayerWeights, w: &DeltaNetWeights) -> Result<Mixing> {
+        let project = [(&w.qkv, "RAW_AT"), (&w.z, "Z_AT"), (&w.b, "B_AT"), (&w.a, "A_AT")];
+        let out = self.kernels.delta.as_ref().expect("compiled where a layer has the delta rule");
+        Ok(Mixing::DeltaNet {
+            project: self.segments(
+                "delta-net",
+                &project,
+                &layer.input_norm,
+                self.kernels.project.rows,
+            )?,
+            vectors: self.vectors(&[&w.conv, &w.rate, &w.dt_bias])?,
+            out: self.segments("delta-net", &[(&w.out, "H_AT")], &w.norm, out.out.rows)?,
+        })
+    }
+
+    fn experts(
+        &self,
+        layer: LayerId,
+        norm: &[f32],
+        w: &MoeWeights,
+        slots: &Lying,
+    ) -> Result<Feeding> {
+        let kernels = self.kernels.experts.iter();
+        let place = kernels.map(|k| (&k.slabs, &k.shared)).position(|k| k == (&slots.0, &slots.1));
+        let mut route = vec![(&w.router, "ROUTER_AT")];
+        let mut shared = None;
+        if let Some((block, gate)) = &w.shared {
+            route.extend([
+                (&block.gate, "SHARED_GATE_AT"),
+                (&block.up, "SHARED_UP_AT"),
+                (gate, "SHARED_SIGMOID_AT"),
+            ]);
+            let parts = self.segments("shared expert", &[(&block.down, "H_AT")], &[], 1)?;
+            shared = one(parts)?;
+        }
+        let (view, counts) =
+            (&self.views.slots[slots.0.slabs - 1], (self.slots, self.shape.moe.experts));
+        Ok(Feeding::Experts(Box::new(Experts {
+            route: self.segments("router", &route, norm, self.kernels.router.rows)?,
+            shared,
+            slots: LayerSlots::new(self.device, view, layer, slots.0.clone(), counts)?,
+            kernels: place.expect("kernels are compiled for every distinct layout"),
+        })))
+    }
+}
+
+/// The only part of a matrix that is not to be cut.
+fn one(mut parts: Vec<Part>) -> Result<Option<Part>> {
+    match parts.len() {
+        1 => Ok(parts.pop()),
+        _ => Err(Error::Gpu(
+            "the shared expert is larger than the device's largest buffer; --device cpu takes it"
+                .into(),
+        )),
+    }
+}

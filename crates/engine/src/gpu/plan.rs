@@ -1,0 +1,160 @@
+//! Every byte of video memory, summed before the first allocation.
+//!
+//! Dense weights, what sessions remember and the scratch are fixed by the model and the options; what
+//! the limit leaves becomes slots for experts, the same number in every layer. At least one token's
+//! experts must fit; when all do, no token ever waits for one.
+
+use super::adapters::{Adapter, AdapterKind};
+use super::dense::packed_bytes;
+use super::layout::{Layout, top_k};
+use super::{GpuOptions, VideoBudget, slots};
+use crate::budget::{Line, context, gib};
+use crate::container::{Container, RecordLayout};
+use crate::engine::Options;
+use crate::error::{Error, Result};
+use crate::kv_cache::KvShape;
+use crate::machine;
+use crate::shape::{Mix, Shape};
+use crate::weights::{LayerWeights, Weights};
+
+/// What the driver and the kernels themselves take, and memory that copies pass through.
+const DRIVER_BYTES: u64 = 320 << 20;
+
+/// What a model asks for.
+pub struct Demand<'a> {
+    pub container: &'a Container,
+    pub weights: &'a Weights,
+    pub options: &'a Options,
+    /// Of a token and of a chunk.
+    pub layouts: [&'a Layout; 2],
+}
+
+/// Plans.
+///
+/// # Errors
+/// The limit holds less than one token's experts beside everything else, as a table; the limit is not
+/// known.
+pub fn plan(demand: &Demand, adapter: &Adapter, wanted: &GpuOptions) -> Result<VideoBudget> {
+    let shape = demand.container.shape();
+    let layouts = demand.container.layouts();
+    let buffer_bytes = adapter.binding_bytes;
+    let most = layouts.iter().map(|l| slots::slots_most(l, shape.moe.experts, buffer_bytes)).min();
+    let bytes = layouts.iter().map(|l| l.record_bytes().next_multiple_of(16) as u64);
+    let mut budget = VideoBudget {
+        adapter: adapter.name.clone(),
+        limit: limit(adapter, wanted)?,
+        fixed: fixed_lines(demand)?,
+        slot_bytes: bytes.sum(),
+        slots_each: 0,
+        experts: shape.moe.experts,
+        resident: true,
+        buffer_bytes,
+    };
+    let left = budget.limit.saturating_sub(budget.fixed_bytes());
+    let Some(most) = most else {
+        return if budget.limit >= budget.fixed_bytes() { Ok(budget) } else { refuse(&budget, 0) };
+    };
+    let fitting = left.checked_div(budget.slot_bytes).unwrap_or(0) as usize;
+    let floor = top_k(shape, demand.options);
+    if fitting < floor {
+        return refuse(&budget, floor);
+    }
+    budget.slots_each = fitting.min(most);
+    if budget.slots_each < floor {
+        return Err(Error::Gpu(format!(
+            "{}: buffers of {} hold {} of a layer's experts, a token needs {floor}; --device cpu",
+            budget.adapter,
+            gib(buffer_bytes),
+            budget.slots_each
+        )));
+    }
+    budget.resident = budget.slots_each == budget.experts;
+    Ok(budget)
+}
+
+fn refuse(budget: &VideoBudget, floor: usize) -> Result<VideoBudget> {
+    let smallest = budget.fixed_bytes() + floor as u64 * budget.slot_bytes;
+    let lines = budget.fixed.iter().map(|l| format!("  {:<34}{:>12}\n", l.name, gib(l.bytes)));
+    let experts = format!("one token's experts, {floor} a layer");
+    Err(Error::Gpu(format!(
+        "{}: needs {}, limit is {}; smallest that runs is --gpu-memory {}MiB, less with a smaller \
+         --context, or --device cpu\n{}  {experts:<34}{:>12}",
+        budget.adapter,
+        gib(smallest),
+        gib(budget.limit),
+        smallest.div_ceil(1 << 20),
+        lines.collect::<String>(),
+        gib(floor as u64 * budget.slot_bytes)
+    )))
+}
+
+fn limit(adapter: &Adapter, wanted: &GpuOptions) -> Result<u64> {
+    if let Some(bytes) = wanted.memory_bytes {
+        return Ok(bytes);
+    }
+    let nine_tenths = |bytes: u64| bytes - bytes / 10;
+    match (adapter.kind, adapter.memory_bytes) {
+        (AdapterKind::Discrete | AdapterKind::Other, Some(bytes)) => Ok(nine_tenths(bytes)),
+        // The processor's memory, which the rest of the program needs as well.
+        (AdapterKind::Integrated | AdapterKind::Software, _) => {
+            { machine::available_memory().map(|bytes| bytes / 2) }.ok_or(())
+        }
+        _ => Err(()),
+    }
+    .map_err(|()| {
+        Error::Gpu(format!(
+            "{}: the system does not say how much memory it has; give --gpu-memory",
+            adapter.name
+        ))
+    })
+}
+
+fn fixed_lines(demand: &Demand) -> Result<Vec<Line>> {
+    let (shape, options) = (demand.container.shape(), demand.options);
+    let context = context(shape, options)?;
+    let sessions = options.sessions.max(1) as u64;
+    let matrices = demand.weights.layers.iter().map(|layer| {
+        // Four parts a layer have a header each.
+        packed_bytes(LayerWeights::matrices(layer), 4 * shape.hidden)
+    });
+    let head = packed_bytes(std::iter::once(demand.weights.head()), shape.hidden);
+    Ok(vec![
+        Line { name: "dense weights", bytes: matrices.sum::<u64>() + head },
+        Line {
+            name: "KV cache and states",
+            bytes: sessions * memory_bytes(shape, options, context),
+        },
+        Line { name: "scratch", bytes: scratch_bytes(demand.layouts, shape) },
+        Line { name: "driver, kernels and copies", bytes: DRIVER_BYTES },
+    ])
+}
+
+/// About what a model takes of video memory with one token's experts, before its weights are read.
+pub fn least_bytes(container: &Container, options: &Options) -> u64 {
+    let (shape, layouts) = (container.shape(), container.layouts());
+    let most = options.prefill_chunk.min(context(shape, options).unwrap_or(1));
+    let of_chunk = super::chunk::layout(shape, options, most, u64::MAX);
+    let scratch = scratch_bytes([&Layout::new(shape, top_k(shape, options), 1), &of_chunk], shape);
+    // A context that is no good is refused where the memory is planned.
+    let context = context(shape, options).unwrap_or(0);
+    let records: usize = layouts.iter().map(RecordLayout::record_bytes).sum();
+    Weights::stored_bytes(container)
+        + options.sessions.max(1) as u64 * memory_bytes(shape, options, context)
+        + scratch
+        + DRIVER_BYTES
+        + (top_k(shape, options) * records) as u64
+}
+
+fn scratch_bytes(layouts: [&Layout; 2], shape: &Shape) -> u64 {
+    let lists = super::chunk::lists_bytes(layouts[1], shape.moe.experts);
+    layouts.iter().map(|layout| layout.bytes()).sum::<u64>() + lists
+}
+
+fn memory_bytes(shape: &Shape, options: &Options, context: usize) -> u64 {
+    let kv = KvShape::of(&shape.attention, options.kv_cache);
+    let delta = shape.delta.as_ref().map_or(0, |d| {
+        (d.value_heads * d.key_dim * d.value_dim + 4 * d.conv_channels()) as u64 * 4
+    });
+    shape.count(Mix::Attention) as u64 * kv.bytes(context)
+        + shape.count(Mix::DeltaNet) as u64 * delta
+}

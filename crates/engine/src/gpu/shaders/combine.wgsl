@@ -1,0 +1,37 @@
+// Joins the parts of a head's attention and applies the output gate.
+
+var<workgroup> largest: array<f32, SPLITS_MAX>;
+var<workgroup> totals: array<f32, SPLITS_MAX>;
+
+@compute @workgroup_size(256)
+fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) tid: u32) {
+    let head = group.x;
+    let pages_each = bitcast<u32>(scratch[TOKEN_AT + 1u]);
+    let pages = (position() + 64u) >> 6u;
+    let splits = (pages + pages_each - 1u) / pages_each;
+    let parts = PARTS_AT + head * SPLITS_MAX * (HEAD_DIM + 2u);
+    if tid < splits {
+        let part = parts + tid * (HEAD_DIM + 2u) + HEAD_DIM;
+        largest[tid] = scratch[part];
+        totals[tid] = scratch[part + 1u];
+    }
+    workgroupBarrier();
+    var most = -1e30;
+    for (var i = 0u; i < splits; i++) {
+        most = max(most, largest[i]);
+    }
+    for (var e = tid; e < HEAD_DIM; e += 256u) {
+        var total = 0.0;
+        var sum = 0.0;
+        for (var i = 0u; i < splits; i++) {
+            let weight = exp(largest[i] - most);
+            total += weight * totals[i];
+            sum += weight * scratch[parts + i * (HEAD_DIM + 2u) + e];
+        }
+        var out = sum / total;
+        if GATED {
+            out *= sigmoid(scratch[QUERY_AT + head * QUERY_STRIDE + HEAD_DIM + e]);
+        }
+        scratch[MIXED_AT + head * HEAD_DIM + e] = out;
+    }
+}

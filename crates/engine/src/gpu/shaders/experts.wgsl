@@ -1,0 +1,27 @@
+// The slabs of a layer's slots: `places[e]` is the slot of expert e. A slot holds a record.
+
+struct Matrix {
+    weight: u32, // in words
+    scales: u32, // in scales
+    biases: u32, // in scales
+}
+
+@group(1) @binding(0) var<storage, read> places: array<u32>;
+//SLABS
+
+var<private> slab: u32;
+
+fn expert_vec(at: u32) -> vec4<u32> {
+    //SLAB_READ
+}
+
+// Points `slab` at an expert's and gives where in it its record starts, in words.
+fn find(expert: u32) -> u32 {
+    let slot = places[expert];
+    slab = slot / SLAB_SLOTS;
+    return (slot % SLAB_SLOTS) * SLOT_WORDS;
+}
+
+fn within(record: u32, m: Matrix) -> Matrix {
+    return Matrix(record + m.weight, (record << SCALE_SHIFT) + m.scales, (record << SCALE_SHIFT) + m.biases);
+}

@@ -1,0 +1,5 @@
+@compute @workgroup_size(256)
+fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) tid: u32) {
+    choose(group.x, tid);
+    tell(group.x, tid);
+}

@@ -1,0 +1,121 @@
+//! What one session remembers, on the device.
+//!
+//! The bytes of a layer's keys and values are those of the CPU's cache, page after page, so that a state
+//! goes from one to the other by copying. A delta-net layer's convolution history is a ring here.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use wgpu::{BindGroup, Buffer};
+
+use super::{Gpu, Mixing};
+use crate::error::Result;
+use crate::kv_cache::PAGE_POSITIONS;
+
+/// Timelines made so far.
+static TIMELINES: AtomicU64 = AtomicU64::new(0);
+
+/// Memories of all layers of one session.
+pub struct Timeline {
+    pub(super) id: u64,
+    pub(super) context: usize,
+    pub(super) layers: Vec<LayerMemory>,
+}
+
+/// One layer's.
+pub struct LayerMemory {
+    pub(super) buffer: Buffer,
+    pub(super) write: BindGroup,
+    pub(super) read: BindGroup,
+}
+
+impl Gpu {
+    /// Memories for a context of so many positions, nothing remembered.
+    ///
+    /// # Errors
+    /// The device has no memory left, or a layer's is larger than its largest buffer.
+    pub fn timeline(&self, context: usize) -> Result<Timeline> {
+        let memory = |layer: &super::Layer| {
+            let bytes = match layer.mix {
+                Mixing::Attention { .. } => {
+                    self.kv.page_bytes() * context.div_ceil(PAGE_POSITIONS) as u64
+                }
+                Mixing::DeltaNet { .. } => self.delta_bytes().iter().sum(),
+            };
+            let buffer = self.device.buffer("KV cache or state of a layer", bytes)?;
+            Ok(LayerMemory {
+                write: self.device.group(&self.views.write, &[&buffer])?,
+                read: self.device.group(&self.views.read, &[&buffer])?,
+                buffer,
+            })
+        };
+        let id = TIMELINES.fetch_add(1, Ordering::Relaxed);
+        Ok(Timeline { id, context, layers: self.layers.iter().map(memory).collect::<Result<_>>()? })
+    }
+
+    /// Bytes of a delta-net layer's states and of its history.
+    pub(super) fn delta_bytes(&self) -> [u64; 2] {
+        let d = self.shape.delta.as_ref().expect("a delta-net layer has its dimensions");
+        let floats = [d.value_heads * d.key_dim * d.value_dim, 4 * d.conv_channels()];
+        floats.map(|n| n as u64 * 4)
+    }
+
+    /// Brings the parts of a layer's memory, as the CPU has them, to the device. `position`: tokens
+    /// taken.
+    pub fn upload(
+        &self,
+        timeline: &Timeline,
+        layer: usize,
+        position: usize,
+        parts: &[&[u8]],
+    ) -> Result<()> {
+        let buffer = &timeline.layers[layer].buffer;
+        match self.layers[layer].mix {
+            Mixing::Attention { .. } => {
+                let mut at = 0;
+                for page in parts {
+                    self.device.write_all(buffer, at, page)?;
+                    at += page.len() as u64;
+                }
+            }
+            Mixing::DeltaNet { .. } => {
+                let [states, history] = self.delta_bytes();
+                self.device.write_all(buffer, 0, parts[0])?;
+                let mut ring = parts[1].to_vec();
+                // Oldest first becomes: the column of position p at p modulo 4.
+                ring.rotate_right(position % 4 * (history as usize / 4));
+                self.device.write_all(buffer, states, &ring)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The other way.
+    ///
+    /// # Errors
+    /// The device failed.
+    pub fn download(
+        &self,
+        timeline: &Timeline,
+        layer: usize,
+        position: usize,
+        parts: &mut [&mut [u8]],
+    ) -> Result<()> {
+        let buffer = &timeline.layers[layer].buffer;
+        match self.layers[layer].mix {
+            Mixing::Attention { .. } => {
+                let mut at = 0;
+                for page in parts {
+                    self.device.read(buffer, at, page)?;
+                    at += page.len() as u64;
+                }
+            }
+            Mixing::DeltaNet { .. } => {
+                let [states, history] = self.delta_bytes();
+                self.device.read(buffer, 0, parts[0])?;
+                self.device.read(buffer, states, parts[1])?;
+                parts[1].rotate_left(position % 4 * (history as usize / 4));
+            }
+        }
+        Ok(())
+    }
+}

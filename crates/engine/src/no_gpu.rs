@@ -1,0 +1,128 @@
+//! A build without the feature `gpu`: there are no adapters, and nothing computes on one.
+//!
+//! The names of the other build are here, so that nothing else asks which one it is. No value of these
+//! types can be made: whoever asks for a GPU hears that this build has none.
+
+#[path = "gpu/asked.rs"]
+mod asked;
+
+use std::fmt;
+
+pub use asked::{ChunkInput, GpuOptions, Logits, NO_ADAPTER, Token, VideoBudget, Watch};
+
+use crate::container::Container;
+use crate::engine::Options;
+use crate::error::{Error, Result};
+use crate::store::ExpertStore;
+use crate::timing::Timing;
+use crate::weights::Weights;
+
+/// What a user hears who asks for one.
+const NOT_BUILT: &str = "this build has no GPU support; build it with the feature gpu";
+
+/// An adapter, of which there is none.
+pub enum Adapter {}
+
+/// A model on a device, of which there is none.
+pub enum Gpu {}
+
+/// What a session remembers on a device.
+pub enum Timeline {}
+
+impl fmt::Display for Adapter {
+    fn fmt(&self, _: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match *self {}
+    }
+}
+
+/// None.
+pub fn adapters() -> Vec<Adapter> {
+    Vec::new()
+}
+
+/// Why no GPU is taken.
+///
+/// # Errors
+/// Always.
+pub fn auto(_: &Container, _: &Options, _: GpuOptions) -> Result<GpuOptions, String> {
+    Err(NOT_BUILT.into())
+}
+
+impl Gpu {
+    /// Refuses.
+    ///
+    /// # Errors
+    /// Always.
+    pub fn open(_: &Container, _: &Weights, _: &Options, _: &GpuOptions) -> Result<Self> {
+        Err(Error::Gpu(NOT_BUILT.into()))
+    }
+
+    /// The plan of its video memory.
+    pub fn budget(&self) -> &VideoBudget {
+        match *self {}
+    }
+
+    /// Brings all experts in.
+    pub fn fill(&self, _: &ExpertStore) -> Result<()> {
+        match *self {}
+    }
+
+    /// Adds what the device's clock has seen.
+    pub fn time(&self, _: &mut Timing) -> Result<()> {
+        match *self {}
+    }
+
+    /// Memories of a session.
+    pub fn timeline(&self, _: usize) -> Result<Timeline> {
+        match *self {}
+    }
+
+    /// Brings a layer's memory to the device.
+    pub fn upload(&self, _: &Timeline, _: usize, _: usize, _: &[&[u8]]) -> Result<()> {
+        match *self {}
+    }
+
+    /// The other way.
+    pub fn download(&self, _: &Timeline, _: usize, _: usize, _: &mut [&mut [u8]]) -> Result<()> {
+        match *self {}
+    }
+
+    /// Takes a token.
+    pub fn step(
+        &self,
+        _: &ExpertStore,
+        _: &Timeline,
+        _: &Token,
+        _: Logits,
+        _: Option<Watch>,
+    ) -> Result<()> {
+        match *self {}
+    }
+
+    /// Tokens that a chunk has at most.
+    pub fn chunk_tokens(&self) -> usize {
+        match *self {}
+    }
+
+    /// Takes several tokens.
+    pub fn chunk(
+        &self,
+        _: &ExpertStore,
+        _: &Timeline,
+        _: &ChunkInput,
+        _: &mut [f32],
+        _: Option<Watch>,
+    ) -> Result<()> {
+        match *self {}
+    }
+
+    /// Logits of a row of the residual stream.
+    pub fn logits(&self, _: &[f32], _: &mut [f32]) -> Result<()> {
+        match *self {}
+    }
+
+    /// The residual stream after the last token.
+    pub fn hidden(&self) -> Result<Vec<f32>> {
+        match *self {}
+    }
+}

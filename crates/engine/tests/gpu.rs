@@ -1,0 +1,210 @@
+//! The GPU's blocks against the CPU's, on the built-in model, on every adapter of the machine.
+//!
+//! Without an adapter these tests print SKIP; where `FLASH_MOE_GPU_TESTS` is set, as in CI, they fail
+//! instead. Mesa's lavapipe is an adapter like any other.
+#![cfg(feature = "gpu")]
+
+use std::env;
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use flash_moe_engine::container::Container;
+use flash_moe_engine::engine::{Engine, Options};
+use flash_moe_engine::gpu::{GpuOptions, adapters};
+use flash_moe_engine::kv_cache::KvFormat;
+use flash_moe_engine::session::Session;
+use flash_moe_engine::shape::TokenId;
+use flash_moe_engine::store::{IoMode, Reader};
+use flash_moe_engine::trace::{Trace, Values};
+use flash_moe_engine::{Arithmetic, Lookahead};
+use flash_moe_kernels::Isa;
+
+/// Largest difference of any value from the CPU's in f32; the logits' spread is 3.
+const BOUND: f32 = 1e-3;
+/// Over the end of a page of keys and values.
+const PROMPT: usize = 66;
+
+/// Numbers of the adapters to test on.
+fn all_adapters() -> Vec<usize> {
+    let count = adapters().len();
+    if count == 0 {
+        assert!(env::var_os("FLASH_MOE_GPU_TESTS").is_none(), "a GPU test needs an adapter");
+        println!("SKIP: no adapter");
+    }
+    (0..count).collect()
+}
+
+fn tiny() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models/tiny")
+}
+
+fn options(gpu: Option<GpuOptions>) -> Options {
+    Options {
+        threads: 2,
+        isa: Isa::detect(),
+        arithmetic: Arithmetic::Exact,
+        memory_bytes: Some(512 << 20),
+        context: Some(256),
+        io: IoMode::Buffered,
+        kv_cache: KvFormat::F32,
+        experts_per_token: None,
+        prefill_chunk: 40,
+        readers: 2,
+        reader: Reader::Threads,
+        lookahead: Lookahead::Off,
+        vocabulary: None,
+        sessions: 1,
+        other_bytes: 0,
+        kept_bytes: 0,
+        gpu,
+    }
+}
+
+fn open(options: &Options) -> Arc<Engine> {
+    let container = Container::open(&tiny()).expect("the built-in model");
+    Arc::new(Engine::open(container, options).unwrap_or_else(|e| panic!("{e}")))
+}
+
+fn on(adapter: usize) -> Option<GpuOptions> {
+    Some(GpuOptions { adapter: Some(adapter), memory_bytes: Some(600 << 20), timed: false })
+}
+
+fn token(i: usize) -> TokenId {
+    TokenId((i * 91 % 4000) as u32)
+}
+
+fn prefill(session: &mut Session, tokens: std::ops::Range<usize>) {
+    let tokens: Vec<TokenId> = tokens.map(token).collect();
+    session.prefill(&tokens, &mut |_| ControlFlow::Continue(())).unwrap_or_else(|e| panic!("{e}"));
+}
+
+/// Everything that a prompt and six more tokens compute, and the states after each.
+fn traced(options: &Options) -> Trace {
+    let mut session = Session::new(&open(options));
+    session.record();
+    prefill(&mut session, 0..PROMPT);
+    session.mark("prefill").expect("the states");
+    for i in PROMPT..PROMPT + 6 {
+        session.step(token(i)).unwrap_or_else(|e| panic!("{e}"));
+    }
+    session.mark("decode").expect("the states");
+    session.take_trace()
+}
+
+/// Logits after a prompt and after each of so many tokens.
+fn logits(engine: &Arc<Engine>, steps: usize) -> Vec<f32> {
+    let mut session = Session::new(engine);
+    prefill(&mut session, 0..PROMPT);
+    let mut all = session.logits().to_vec();
+    for i in PROMPT..PROMPT + steps {
+        session.step(token(i)).unwrap_or_else(|e| panic!("{e}"));
+        all.extend(session.logits());
+    }
+    all
+}
+
+fn worst(a: &[f32], b: &[f32]) -> f32 {
+    assert_eq!(a.len(), b.len());
+    let differences = a.iter().zip(b).filter(|(a, b)| a != b).map(|(a, b)| (a - b).abs());
+    differences.fold(0.0, |worst, d| if d <= worst { worst } else { d })
+}
+
+fn close(ours: &Trace, theirs: &Trace, bound: f32) {
+    assert_eq!(ours.arrays.keys().collect::<Vec<_>>(), theirs.arrays.keys().collect::<Vec<_>>());
+    for (name, array) in &ours.arrays {
+        let other = &theirs.arrays[name];
+        assert_eq!(array.shape, other.shape, "{name}");
+        match (&array.values, &other.values) {
+            (Values::F32(a), Values::F32(b)) => {
+                let worst = worst(a, b);
+                assert!(worst <= bound, "{name}: differs by {worst}");
+            }
+            (a, b) => assert!(a == b, "{name}: other experts"),
+        }
+    }
+}
+
+#[test]
+fn every_block_computes_what_the_cpu_computes() {
+    let theirs = traced(&options(None));
+    for adapter in all_adapters() {
+        close(&traced(&options(on(adapter))), &theirs, BOUND);
+    }
+}
+
+#[test]
+fn keys_and_values_in_halves_are_those_of_the_cpu() {
+    let halves = |gpu| Options { kv_cache: KvFormat::F16, ..options(gpu) };
+    let theirs = traced(&halves(None));
+    for adapter in all_adapters() {
+        // Where a value lies between two halves either may be kept: a step is 2^-10 of it.
+        close(&traced(&halves(on(adapter))), &theirs, 1e-2);
+    }
+}
+
+#[test]
+fn experts_that_stream_give_the_bits_of_experts_that_stay() {
+    for adapter in all_adapters() {
+        let whole = open(&options(on(adapter)));
+        let plan = whole.gpu().expect("a GPU").budget().clone();
+        assert!(plan.resident);
+        let slots = whole.top_k() as u64 + 1;
+        let bytes = plan.fixed_bytes() + slots * plan.slot_bytes;
+        let small = on(adapter).map(|gpu| GpuOptions { memory_bytes: Some(bytes), ..gpu });
+        let streamed = open(&options(small));
+        assert_eq!(streamed.gpu().expect("a GPU").budget().slots_each as u64, slots);
+        assert!(logits(&streamed, 20) == logits(&whole, 20), "other bits");
+    }
+}
+
+#[test]
+fn a_checkpoint_goes_on_bit_for_bit_and_crosses_to_the_cpu() {
+    for adapter in all_adapters() {
+        let engine = open(&options(on(adapter)));
+        let mut session = Session::new(&engine);
+        prefill(&mut session, 0..PROMPT);
+        let kept = session.checkpoint().expect("a whole session");
+        let steps = |session: &mut Session| {
+            let step = |i| {
+                session.step(token(i)).unwrap_or_else(|e| panic!("{e}"));
+                session.logits().to_vec()
+            };
+            (PROMPT..PROMPT + 5).flat_map(step).collect::<Vec<f32>>()
+        };
+        let first = steps(&mut session);
+        session.restore(&kept).expect("the same engine");
+        assert!(steps(&mut session) == first, "the same session");
+        let mut other = Session::new(&engine);
+        other.restore(&kept).expect("the same engine");
+        assert!(steps(&mut other) == first, "another session");
+        let cpu = open(&options(None));
+        let mut crossed = Session::new(&cpu);
+        crossed.restore(&kept).expect("a state of f32 activations");
+        let apart = worst(&steps(&mut crossed), &first);
+        assert!(apart <= BOUND, "on the CPU it differs by {apart}");
+        let back = crossed.checkpoint().expect("a whole session");
+        session.restore(&back).expect("a state of f32 activations");
+    }
+}
+
+#[test]
+fn what_the_device_cannot_do_is_refused_with_what_can() {
+    let refusal = |options: &Options| {
+        let container = Container::open(&tiny()).expect("the built-in model");
+        Engine::open(container, options).err().expect("a refusal").to_string()
+    };
+    for adapter in all_adapters() {
+        let said = refusal(&Options { kv_cache: KvFormat::Bf16, ..options(on(adapter)) });
+        assert!(said.contains("f32 or f16"), "{said}");
+        let said = refusal(&Options { arithmetic: Arithmetic::Fast8, ..options(on(adapter)) });
+        assert!(said.contains("int8"), "{said}");
+        let little =
+            GpuOptions { adapter: Some(adapter), memory_bytes: Some(64 << 20), timed: false };
+        let said = refusal(&options(Some(little)));
+        assert!(said.contains("--gpu-memory ") && said.contains("dense weights"), "{said}");
+        let beyond = GpuOptions { adapter: Some(99), memory_bytes: None, timed: false };
+        let said = refusal(&options(Some(beyond)));
+        assert!(said.contains("flash-moe devices"), "{said}");
+    }
+}
