@@ -1,7 +1,7 @@
 //! The adapters of this machine, and which of them `auto` takes.
 //!
-//! `auto` takes a discrete GPU that Vulkan shows, whose memory holds everything but the experts and at
-//! least one token's experts. Other real GPUs run when they are asked for; a software adapter, which
+//! `auto` takes a discrete GPU that Vulkan shows, whose memory holds the whole model: with experts that
+//! stream it was no quicker than the CPU (docs/measurements.md, 30). Other real GPUs run when they are asked for; a software adapter, which
 //! computes on the CPU what the CPU's own kernels compute faster, runs for `gpu:N` alone.
 
 use std::fmt;
@@ -153,12 +153,12 @@ pub fn auto(
     let Some((number, adapter)) = found else {
         return Err("there is no discrete GPU on Vulkan; `flash-moe devices` lists others".into());
     };
-    let needed = super::plan::least_bytes(container, options);
+    let needed = super::plan::whole_bytes(container, options);
     let memory = wanted.memory_bytes.or(adapter.memory_bytes.map(|bytes| bytes - bytes / 10));
     match memory {
         Some(bytes) if bytes >= needed => Ok(GpuOptions { adapter: Some(number), ..wanted }),
         Some(bytes) => Err(format!(
-            "{} has {} for it, the model without its experts needs {}",
+            "{} has {} for it, the whole model needs {}",
             adapter.name,
             gib(bytes),
             gib(needed)

@@ -129,8 +129,8 @@ fn fixed_lines(demand: &Demand) -> Result<Vec<Line>> {
     ])
 }
 
-/// About what a model takes of video memory with one token's experts, before its weights are read.
-pub fn least_bytes(container: &Container, options: &Options) -> u64 {
+/// About what a model takes of video memory with all of its experts, before its weights are read.
+pub fn whole_bytes(container: &Container, options: &Options) -> u64 {
     let (shape, layouts) = (container.shape(), container.layouts());
     let most = options.prefill_chunk.min(context(shape, options).unwrap_or(1));
     let of_chunk = super::chunk::layout(shape, options, most, u64::MAX);
@@ -142,7 +142,7 @@ pub fn least_bytes(container: &Container, options: &Options) -> u64 {
         + options.sessions.max(1) as u64 * memory_bytes(shape, options, context)
         + scratch
         + DRIVER_BYTES
-        + (top_k(shape, options) * records) as u64
+        + (shape.moe.experts * records) as u64
 }
 
 fn scratch_bytes(layouts: [&Layout; 2], shape: &Shape) -> u64 {

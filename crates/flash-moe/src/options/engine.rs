@@ -42,8 +42,8 @@ pub struct EngineArgs {
     pub threads: Option<usize>,
 
     /// What computes: the processor, the first GPU that is no software, or GPU number N as `flash-moe
-    /// devices` counts them. auto takes a discrete GPU on Vulkan that holds the model without its
-    /// experts, and the processor where there is none or where a flag asks for what only it does.
+    /// devices` counts them. auto takes a discrete GPU on Vulkan that holds the whole model, and
+    /// the processor where there is none or where a flag asks for what only it does.
     #[arg(long, value_name = "auto|cpu|gpu[:N]", default_value = "auto", help_heading = "Machine")]
     pub device: DeviceChoice,
 
