@@ -1,7 +1,7 @@
 //! The adapters of this machine, and which of them `auto` takes.
 //!
 //! `auto` takes a discrete GPU that Vulkan shows, whose memory holds the whole model: with experts that
-//! stream it was no quicker than the CPU (docs/measurements.md, 30). Other real GPUs run when they are asked for; a software adapter, which
+//! stream it was no quicker than the CPU (docs/measurements.md, 33). Other real GPUs run when they are asked for; a software adapter, which
 //! computes on the CPU what the CPU's own kernels compute faster, runs for `gpu:N` alone.
 
 use std::fmt;
