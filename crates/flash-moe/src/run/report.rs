@@ -358,6 +358,8 @@ mod tests {
             peak_memory_bytes: Some(70 << 20),
             stages: Value::Null,
             settings: Settings {
+                device: "cpu".into(),
+                experts_in_video_memory: None,
                 sampling: sampling(&Sampling::greedy()),
                 threads: 2,
                 isa: "scalar",
