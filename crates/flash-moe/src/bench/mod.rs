@@ -55,7 +55,7 @@ fn measure(args: &BenchArgs) -> Result<Report> {
     let mut notes = args.engine.lossy(&model.container);
     let course = Course::new(args, model.container.shape().max_positions)?;
     notes.extend(course.notes.clone());
-    let mut options = args.engine.engine_options(&model, Some(course.context))?;
+    let mut options = args.engine.processor_options(&model, Some(course.context), "bench")?;
     let effort = Effort::new(args.quick);
     let mut disk = Disk::new(RecordFiles::open(&model.container, options.io)?);
     // The disk is measured beside the loaded model, with as many buffers as reads in flight.

@@ -255,6 +255,26 @@ impl EngineArgs {
         self.on_device(&model.container, options)
     }
 
+    /// As [`EngineArgs::engine_options`], on the processor, which is all that `command` knows.
+    ///
+    /// # Errors
+    /// As there; a GPU was asked for.
+    pub fn processor_options(
+        &self,
+        model: &Model,
+        context: Option<usize>,
+        command: &str,
+    ) -> Result<Options> {
+        if let DeviceChoice::Gpu(_) = self.device {
+            bail!(
+                "{command} knows the processor's limits alone; leave out --device gpu, and for a GPU use \
+                 `flash-moe run --device gpu --timing`"
+            );
+        }
+        let own = Self { device: DeviceChoice::Cpu, ..self.clone() };
+        own.engine_options(model, context)
+    }
+
     /// The same options on the device that was asked for. A GPU computes in f32.
     fn on_device(&self, container: &Container, options: Options) -> Result<Options> {
         let on_gpu = |adapter| GpuOptions { adapter, memory_bytes: self.gpu_memory, timed: false };

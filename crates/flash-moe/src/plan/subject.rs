@@ -59,7 +59,7 @@ impl Subject {
 
     fn container(args: &PlanArgs) -> Result<Self> {
         let model = args.engine.open()?;
-        let options = args.engine.engine_options(&model, args.context)?;
+        let options = args.engine.processor_options(&model, args.context, "plan")?;
         let container = model.container;
         let shape = container.shape().clone();
         let top_k = options.experts_per_token.unwrap_or(shape.moe.top_k);
