@@ -31,7 +31,7 @@ leaves when pressed twice, Ctrl-D leaves, /help lists the commands. docs/chat.md
 Exit status: 0, or 1 on an error, 2 on a wrong flag.";
 
 /// Flags about a model in this process, by their names in the parser.
-const LOCAL: [&str; 21] = [
+const LOCAL: [&str; 23] = [
     "memory",
     "threads",
     "isa",
@@ -43,6 +43,8 @@ const LOCAL: [&str; 21] = [
     "kv_cache",
     "kv_sink",
     "kv_recent",
+    "device",
+    "gpu_memory",
     "prefill_chunk",
     "yarn",
     "lookahead",
@@ -321,6 +323,7 @@ mod tests {
                 _ if !arg.get_action().takes_values() => format!("--{flag}"),
                 Some(value) => format!("--{flag}={}", value.get_name()),
                 None if name == "kv_cache" => "--kv-cache=f16".into(),
+                None if name == "device" => "--device=cpu".into(),
                 None => format!("--{flag}=1"),
             });
             let error = Options::try_parse_from(&line).expect_err(flag);
