@@ -60,6 +60,31 @@ pub struct Options {
     pub gpu: Option<GpuOptions>,
 }
 
+impl Default for Options {
+    /// One thread, the fastest kernels, nothing lossy, nothing guessed, one session.
+    fn default() -> Self {
+        Self {
+            threads: 1,
+            isa: Isa::detect(),
+            arithmetic: Arithmetic::default(),
+            memory_bytes: None,
+            context: None,
+            sessions: 1,
+            io: IoMode::Auto,
+            kv_cache: KvFormat::F32,
+            experts_per_token: None,
+            prefill_chunk: 512,
+            readers: 8,
+            reader: Reader::Threads,
+            lookahead: Lookahead::Off,
+            vocabulary: None,
+            other_bytes: 0,
+            kept_bytes: 0,
+            gpu: None,
+        }
+    }
+}
+
 /// A loaded model.
 pub struct Engine {
     container: Container,

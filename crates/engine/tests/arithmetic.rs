@@ -8,14 +8,12 @@ use std::ops::ControlFlow;
 use std::path::Path;
 use std::sync::Arc;
 
+use flash_moe_engine::Arithmetic;
 use flash_moe_engine::container::Container;
 use flash_moe_engine::engine::{Engine, Options};
-use flash_moe_engine::kv_cache::KvFormat;
 use flash_moe_engine::session::Session;
 use flash_moe_engine::shape::TokenId;
-use flash_moe_engine::store::{IoMode, Reader};
-use flash_moe_engine::{Arithmetic, Lookahead};
-use flash_moe_kernels::Isa;
+use flash_moe_engine::store::IoMode;
 
 const PROMPT: usize = 24;
 
@@ -25,22 +23,13 @@ fn logits(arithmetic: Arithmetic, threads: usize, prefill_chunk: usize) -> Vec<f
     let container = Container::open(&tiny).expect("the built-in model");
     let options = Options {
         threads,
-        isa: Isa::detect(),
         arithmetic,
         memory_bytes: Some(512 << 20),
         context: Some(64),
         io: IoMode::Buffered,
-        kv_cache: KvFormat::F32,
-        experts_per_token: None,
         prefill_chunk,
         readers: 2,
-        reader: Reader::Threads,
-        lookahead: Lookahead::Off,
-        vocabulary: None,
-        sessions: 1,
-        other_bytes: 0,
-        kept_bytes: 0,
-        gpu: None,
+        ..Options::default()
     };
     let engine = Arc::new(Engine::open(container, &options).expect("it opens"));
     let mut session = Session::new(&engine);

@@ -9,16 +9,15 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use flash_moe_engine::Arithmetic;
 use flash_moe_engine::container::Container;
 use flash_moe_engine::engine::{Engine, Options};
 use flash_moe_engine::gpu::{GpuOptions, adapters};
 use flash_moe_engine::kv_cache::KvFormat;
 use flash_moe_engine::session::Session;
 use flash_moe_engine::shape::TokenId;
-use flash_moe_engine::store::{IoMode, Reader};
+use flash_moe_engine::store::IoMode;
 use flash_moe_engine::trace::{Trace, Values};
-use flash_moe_engine::{Arithmetic, Lookahead};
-use flash_moe_kernels::Isa;
 
 /// Largest difference of any value from the CPU's in f32; the logits' spread is 3.
 const BOUND: f32 = 1e-3;
@@ -42,22 +41,14 @@ fn tiny() -> PathBuf {
 fn options(gpu: Option<GpuOptions>) -> Options {
     Options {
         threads: 2,
-        isa: Isa::detect(),
         arithmetic: Arithmetic::Exact,
         memory_bytes: Some(512 << 20),
         context: Some(256),
         io: IoMode::Buffered,
-        kv_cache: KvFormat::F32,
-        experts_per_token: None,
         prefill_chunk: 40,
         readers: 2,
-        reader: Reader::Threads,
-        lookahead: Lookahead::Off,
-        vocabulary: None,
-        sessions: 1,
-        other_bytes: 0,
-        kept_bytes: 0,
         gpu,
+        ..Options::default()
     }
 }
 
@@ -107,7 +98,8 @@ fn logits(engine: &Arc<Engine>, steps: usize) -> Vec<f32> {
 fn worst(a: &[f32], b: &[f32]) -> f32 {
     assert_eq!(a.len(), b.len());
     let differences = a.iter().zip(b).filter(|(a, b)| a != b).map(|(a, b)| (a - b).abs());
-    differences.fold(0.0, |worst, d| if d <= worst { worst } else { d })
+    // Once it is no number it stays none.
+    differences.fold(0.0, |worst: f32, d| if worst.is_nan() || d <= worst { worst } else { d })
 }
 
 fn close(ours: &Trace, theirs: &Trace, bound: f32) {

@@ -13,12 +13,10 @@ use std::time::{Duration, Instant};
 use flash_moe_engine::budget::Budget;
 use flash_moe_engine::container::Container;
 use flash_moe_engine::engine::{Engine, Options};
-use flash_moe_engine::kv_cache::KvFormat;
 use flash_moe_engine::session::Session;
 use flash_moe_engine::shape::{ExpertId, LayerId, TokenId};
 use flash_moe_engine::store::{ExpertStore, IoMode, Landed, Reader, StoreOptions};
 use flash_moe_engine::{Arithmetic, Error, Lookahead};
-use flash_moe_kernels::Isa;
 use tempfile::TempDir;
 
 const EXPERTS: u16 = 48;
@@ -219,22 +217,13 @@ fn cut(path: &Path, bytes: u64) {
 fn options() -> Options {
     Options {
         threads: 2,
-        isa: Isa::detect(),
         arithmetic: Arithmetic::Exact,
         memory_bytes: Some(512 << 20),
         context: Some(64),
         io: IoMode::Buffered,
-        kv_cache: KvFormat::F32,
-        experts_per_token: None,
         prefill_chunk: 16,
         readers: 2,
-        reader: Reader::Threads,
-        lookahead: Lookahead::Off,
-        vocabulary: None,
-        sessions: 1,
-        other_bytes: 0,
-        kept_bytes: 0,
-        gpu: None,
+        ..Options::default()
     }
 }
 

@@ -10,10 +10,7 @@ use anyhow::Result;
 use flash_moe_engine::budget::Budget;
 use flash_moe_engine::container::{Container, ExpertFile, Precision};
 use flash_moe_engine::engine::Options;
-use flash_moe_engine::kv_cache::KvFormat;
 use flash_moe_engine::shape::{Family, Mix, Shape};
-use flash_moe_engine::store::{IoMode, Reader};
-use flash_moe_engine::{Arithmetic, Lookahead};
 use indicatif::DecimalBytes;
 use serde_json::{Value, json};
 
@@ -173,22 +170,10 @@ impl Report {
 fn unlimited() -> Options {
     Options {
         threads: std::thread::available_parallelism().map_or(1, std::num::NonZero::get),
-        isa: flash_moe_kernels::Isa::detect(),
-        arithmetic: Arithmetic::default(),
         memory_bytes: Some(u64::MAX),
-        context: None,
-        io: IoMode::Auto,
-        kv_cache: KvFormat::F32,
-        experts_per_token: None,
         prefill_chunk: 64,
         readers: 4,
-        reader: Reader::Threads,
-        lookahead: Lookahead::Off,
-        vocabulary: None,
-        sessions: 1,
-        other_bytes: 0,
-        kept_bytes: 0,
-        gpu: None,
+        ..Options::default()
     }
 }
 

@@ -84,12 +84,18 @@ fn product(source: &str, precision: Precision) -> String {
         Precision::Affine { bits: 4, .. } => text!("dot_4").to_string(),
         Precision::Affine { bits: 8, .. } => text!("dot_8").to_string(),
         Precision::Affine { bits: 2, .. } => text!("dot_2").to_string(),
-        Precision::Affine { .. } => text!("dot_bits").to_string(),
+        Precision::Affine { .. } => field("field") + text!("dot_bits"),
         Precision::Bf16 => [text!("halves_bf16"), text!("dot_halves")].concat(),
         Precision::F16 => [text!("halves_f16"), text!("dot_halves")].concat(),
         Precision::F32 => text!("dot_f32").to_string(),
     };
     named(&text, source, precision)
+}
+
+/// How a weight of any number of bits is taken out of words, as a function of this kind: one shader may
+/// hold both kinds.
+fn field(kind: &str) -> String {
+    text!("field_bits").replace("KIND", kind)
 }
 
 /// Products of several layouts of one source.
@@ -101,7 +107,7 @@ fn products(source: &str, precisions: &[Precision]) -> String {
 fn eight(source: &str, precision: Precision) -> String {
     let text = match precision {
         Precision::Affine { bits: 4, .. } => text!("eight_4").to_string(),
-        Precision::Affine { .. } => text!("eight_bits").to_string(),
+        Precision::Affine { .. } => field("field8") + text!("eight_bits"),
         Precision::Bf16 => [text!("halves_bf16"), text!("eight_halves")].concat(),
         Precision::F16 => [text!("halves_f16"), text!("eight_halves")].concat(),
         Precision::F32 => text!("eight_f32").to_string(),

@@ -59,8 +59,11 @@ impl Gpu {
         floats.map(|n| n as u64 * 4)
     }
 
-    /// Brings the parts of a layer's memory, as the CPU has them, to the device. `position`: tokens
-    /// taken.
+    /// Brings the parts of a layer's memory, as the CPU has them, to the device, one behind the other.
+    /// `position`: tokens taken.
+    ///
+    /// # Errors
+    /// The device failed.
     pub fn upload(
         &self,
         timeline: &Timeline,
@@ -68,23 +71,18 @@ impl Gpu {
         position: usize,
         parts: &[&[u8]],
     ) -> Result<()> {
-        let buffer = &timeline.layers[layer].buffer;
-        match self.layers[layer].mix {
-            Mixing::Attention { .. } => {
-                let mut at = 0;
-                for page in parts {
-                    self.device.write_all(buffer, at, page)?;
-                    at += page.len() as u64;
+        let mut at = 0;
+        for (i, part) in parts.iter().enumerate() {
+            let buffer = &timeline.layers[layer].buffer;
+            match self.turned_by(layer, i, position) {
+                0 => self.device.write_all(buffer, at, part)?,
+                turn => {
+                    let mut ring = part.to_vec();
+                    ring.rotate_right(turn);
+                    self.device.write_all(buffer, at, &ring)?;
                 }
             }
-            Mixing::DeltaNet { .. } => {
-                let [states, history] = self.delta_bytes();
-                self.device.write_all(buffer, 0, parts[0])?;
-                let mut ring = parts[1].to_vec();
-                // Oldest first becomes: the column of position p at p modulo 4.
-                ring.rotate_right(position % 4 * (history as usize / 4));
-                self.device.write_all(buffer, states, &ring)?;
-            }
+            at += part.len() as u64;
         }
         Ok(())
     }
@@ -100,22 +98,21 @@ impl Gpu {
         position: usize,
         parts: &mut [&mut [u8]],
     ) -> Result<()> {
-        let buffer = &timeline.layers[layer].buffer;
-        match self.layers[layer].mix {
-            Mixing::Attention { .. } => {
-                let mut at = 0;
-                for page in parts {
-                    self.device.read(buffer, at, page)?;
-                    at += page.len() as u64;
-                }
-            }
-            Mixing::DeltaNet { .. } => {
-                let [states, history] = self.delta_bytes();
-                self.device.read(buffer, 0, parts[0])?;
-                self.device.read(buffer, states, parts[1])?;
-                parts[1].rotate_left(position % 4 * (history as usize / 4));
-            }
+        let mut at = 0;
+        for (i, part) in parts.iter_mut().enumerate() {
+            self.device.read(&timeline.layers[layer].buffer, at, part)?;
+            part.rotate_left(self.turned_by(layer, i, position));
+            at += part.len() as u64;
         }
         Ok(())
+    }
+
+    /// Bytes by which a part of a layer's memory is turned on the device: the history of a convolution,
+    /// oldest first on the CPU, has the column of position p at p modulo 4.
+    fn turned_by(&self, layer: usize, part: usize, position: usize) -> usize {
+        match (&self.layers[layer].mix, part) {
+            (Mixing::DeltaNet { .. }, 1) => position % 4 * (self.delta_bytes()[1] as usize / 4),
+            _ => 0,
+        }
     }
 }

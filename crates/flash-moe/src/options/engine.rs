@@ -315,11 +315,7 @@ impl EngineArgs {
             readers: self.readers,
             reader: self.reader.mode(),
             lookahead: self.lookahead.mode(),
-            vocabulary: None,
-            sessions: 1,
-            other_bytes: 0,
-            kept_bytes: 0,
-            gpu: None,
+            ..Options::default()
         })
     }
 

@@ -58,6 +58,14 @@ pub struct PrefixBytes {
     pub waiting: u64,
 }
 
+impl PrefixBytes {
+    /// Whether states of so many bytes may wait together: within their bound, or one that waits `alone`
+    /// within that of all, since those that are kept then make room for it.
+    pub fn may_wait(self, bytes: u64, alone: bool) -> bool {
+        bytes <= self.waiting + if alone { self.kept } else { 0 }
+    }
+}
+
 /// Most memory for checkpoints where nobody says.
 const PREFIX_BYTES_MAX: u64 = 2 << 30;
 /// Memory of those that wait to be written is a quarter of the others', but not less.
@@ -149,5 +157,21 @@ fn template(args: &AnswerArgs, dir: &std::path::Path) -> Result<Option<ChatTempl
             log::note(&format!("note: no conversations, completions alone: {error}"));
             Ok(None)
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_state_waits_beyond_the_memory_of_all() {
+        let bounds = PrefixBytes { kept: 8, waiting: 2 };
+        for (bytes, alone, may) in
+            [(2, false, true), (3, false, false), (10, true, true), (11, true, false)]
+        {
+            assert_eq!(bounds.may_wait(bytes, alone), may, "{bytes} {alone}");
+        }
+        assert!(!PrefixBytes { kept: 0, waiting: 2 }.may_wait(3, true));
     }
 }

@@ -12,9 +12,7 @@ use std::path::{Path, PathBuf};
 use flash_moe_engine::budget::Budget;
 use flash_moe_engine::container::Container;
 use flash_moe_engine::engine::Options;
-use flash_moe_engine::kv_cache::KvFormat;
-use flash_moe_engine::store::{IoMode, Reader};
-use flash_moe_engine::{Arithmetic, Lookahead};
+use flash_moe_engine::store::IoMode;
 use flash_moe_kernels::Isa;
 use serde_json::Value;
 
@@ -40,23 +38,12 @@ pub fn prompt() -> Vec<u32> {
 /// Options of one thread and a pool of [`SLOTS`], whatever the rest of the plan comes to.
 pub fn options(container: &Container, isa: Isa) -> Options {
     let mut options = Options {
-        threads: 1,
         isa,
-        arithmetic: Arithmetic::Fixed16,
         memory_bytes: Some(1 << 30),
         context: Some(CONTEXT),
         io: IoMode::Buffered,
-        kv_cache: KvFormat::F32,
-        experts_per_token: None,
-        prefill_chunk: 512,
         readers: 1,
-        reader: Reader::Threads,
-        lookahead: Lookahead::Off,
-        vocabulary: None,
-        sessions: 1,
-        other_bytes: 0,
-        kept_bytes: 0,
-        gpu: None,
+        ..Options::default()
     };
     let plan = Budget::plan(container, &options).expect("a gigabyte is enough");
     options.memory_bytes = Some(plan.fixed_bytes() + SLOTS as u64 * plan.slot_bytes);

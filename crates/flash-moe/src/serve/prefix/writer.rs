@@ -132,14 +132,12 @@ impl Writer {
         Loading(receiver)
     }
 
-    /// Has a state written if there is room for it to wait: within the bound of those that wait, or, for
-    /// a single one, within that of all of them.
+    /// Has a state written if there is room for it to wait.
     pub fn keep(&self, checkpoint: Arc<Checkpoint>, place: Place) {
         let mut queue = self.shared.lock();
         let waiting = queue.states.iter().map(|(state, _)| &**state);
         let bytes = Checkpoint::bytes_of_all(waiting.chain([&*checkpoint]));
-        let alone = if queue.states.is_empty() { self.bounds.kept } else { 0 };
-        match bytes <= self.bounds.waiting + alone {
+        match self.bounds.may_wait(bytes, queue.states.is_empty()) {
             true => queue.states.push_back((checkpoint, place)),
             false => self.shared.metrics.prefix_losses.add(1),
         }
