@@ -19,7 +19,7 @@ use xxhash_rust::xxh3::xxh3_64;
 use crate::error::{Error, Result};
 use crate::memory::{Block, page_multiple};
 use crate::shape::{LayerId, Shape};
-use crate::store::read::read_exact_at;
+use crate::store::read::{read_exact_at, read_long_at};
 
 /// Name of the manifest in a container directory.
 pub const MANIFEST_FILE: &str = "flash-moe.json";
@@ -340,7 +340,7 @@ impl Container {
         let info = self.info(name)?;
         let (start, end) = info.data_offsets;
         let mut block = Block::zeroed(end - start);
-        read_exact_at(&self.dense, block.bytes_mut(), self.data_start + start as u64)
+        read_long_at(&self.dense, block.bytes_mut(), self.data_start + start as u64)
             .map_err(|e| Error::io(&self.dense_path, e))?;
         Ok(block)
     }

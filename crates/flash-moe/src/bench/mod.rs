@@ -29,7 +29,7 @@ use crate::options::bench::BenchArgs;
 use crate::options::engine::cores;
 use crate::say;
 use course::Course;
-use limits::{DEPTHS, Disk, Effort, MemoryProbe};
+use limits::{DEPTHS, Disk, Effort, GemmProbe, MemoryProbe};
 use report::{Limits, Machine, Model, Report, RunReport};
 use walk::{Beside, Walk};
 use work::Work;
@@ -70,7 +70,8 @@ fn measure(args: &BenchArgs) -> Result<Report> {
     let pool = Pool::new(options.threads);
     let words = MemoryProbe::new(&pool, memory_bytes);
     let memory = words.measure(&pool, effort.each)?;
-    let gemm = limits::gemm(&pool, options.isa, options.arithmetic, effort)?;
+    let products = GemmProbe::new(options.isa, options.arithmetic)?;
+    let gemm = products.measure(&pool, effort.each);
     let rates = disk.sweep(effort)?;
     let depth = Limits::best_disk(&rates).map_or(1, |(_, depth)| depth);
     let limits = Limits::new(memory, gemm, &rates, disk.is_direct());
@@ -82,7 +83,14 @@ fn measure(args: &BenchArgs) -> Result<Report> {
     let check = check::check(&engine, &prompt[..check::TOKENS])?;
     let work = Work::of(engine.container(), engine.top_k())?.with_kv_cache(options.kv_cache);
     let quiet = args.quiet || args.json;
-    let beside = Beside { disk: &mut disk, depth, memory: (&words, &pool), time: effort.beside };
+    let beside = Beside {
+        disk: &mut disk,
+        depth,
+        memory: &words,
+        products: &products,
+        pool: &pool,
+        time: effort.beside,
+    };
     let runs = Walk::new(&engine, &prompt, beside, quiet).run(&course)?;
     Ok(Report {
         machine: machine_of(&options),

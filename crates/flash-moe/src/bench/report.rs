@@ -144,6 +144,12 @@ pub struct RunReport {
     pub memory_bytes_per_second_beside: f64,
     /// As `memory_fraction`, against that.
     pub memory_fraction_beside: f64,
+    /// The products' median pass beside a prompt.
+    pub gemm_flops_per_second_beside: Option<f64>,
+    /// Time at their limits of all stages but `fetch`, over the wall time.
+    pub limit_fraction: f64,
+    /// As `limit_fraction`, against the median passes beside this run.
+    pub limit_fraction_beside: f64,
     /// The stages, then `other`, which is what the wall time leaves.
     pub stages: Vec<StageReport>,
 }
@@ -218,11 +224,14 @@ impl Limits {
 impl RunReport {
     /// Holds a run against the limits.
     pub fn new(run: &Run, work: &Work, limits: &Limits) -> Self {
-        let mut stages: Vec<StageReport> = Stage::ALL
-            .into_iter()
-            .filter(|&stage| run.timing.stage(stage).calls > 0)
-            .map(|stage| stage_report(run, stage, work, limits))
-            .collect();
+        let best = (limits.memory.bytes_per_second, limits.gemm.flops_per_second);
+        let beside = (run.memory_rate, run.gemm_rate.unwrap_or(best.1));
+        let mut stages = stage_reports(run, work, best);
+        let fraction = |stages: &[StageReport]| {
+            let computed = stages.iter().filter(|s| s.stage != Stage::Fetch.name());
+            computed.filter_map(|s| s.limit_seconds).sum::<f64>() / run.seconds
+        };
+        let fractions = [fraction(&stages), fraction(&stage_reports(run, work, beside))];
         let known: f64 = stages.iter().map(|s| s.seconds).sum();
         stages.push(StageReport {
             stage: "other",
@@ -252,6 +261,9 @@ impl RunReport {
             memory_fraction: touched as f64 / limits.memory.bytes_per_second / run.seconds,
             memory_bytes_per_second_beside: run.memory_rate,
             memory_fraction_beside: touched as f64 / run.memory_rate / run.seconds,
+            gemm_flops_per_second_beside: run.gemm_rate,
+            limit_fraction: fractions[0],
+            limit_fraction_beside: fractions[1],
             stages,
         }
     }
@@ -277,14 +289,25 @@ impl Experts {
     }
 }
 
-fn stage_report(run: &Run, stage: Stage, work: &Work, limits: &Limits) -> StageReport {
+/// The stages that a run had, against the rates of the memory and of the products.
+fn stage_reports(run: &Run, work: &Work, rates: (f64, f64)) -> Vec<StageReport> {
+    let had = Stage::ALL.into_iter().filter(|&stage| run.timing.stage(stage).calls > 0);
+    had.map(|stage| stage_report(run, stage, work, rates)).collect()
+}
+
+fn stage_report(
+    run: &Run,
+    stage: Stage,
+    work: &Work,
+    (memory_rate, gemm_rate): (f64, f64),
+) -> StageReport {
     let total = run.timing.stage(stage);
     let seconds = total.ns as f64 / 1e9;
     let heads = if run.phase == Phase::Decode { run.tokens } else { 1 };
     let operations = work.operations(stage, run.position, run.tokens, heads);
     let bytes = if stage == Stage::Fetch { run.reads.read_bytes } else { total.bytes };
-    let memory = bytes as f64 / limits.memory.bytes_per_second;
-    let gemm = operations / limits.gemm.flops_per_second;
+    let memory = bytes as f64 / memory_rate;
+    let gemm = operations / gemm_rate;
     let bound = match (stage, run.phase) {
         (Stage::Fetch, _) => run.disk_rate.map(|rate| ("disk", bytes as f64 / rate)),
         _ if bytes == 0 => None,

@@ -110,8 +110,9 @@ pub fn limit_lines(limits: &Limits) -> String {
     out += &line(
         "gemm",
         &format!(
-            "{:.1} GFLOP/s: {} products of 4-bit weights and {} activations in the cache, {} threads",
+            "{:.1} GFLOP/s (median {:.1}): {} products of 4-bit weights and {} activations in the cache, {} threads",
             limits.gemm.flops_per_second / 1e9,
+            limits.gemm.flops_per_second_median / 1e9,
             limits.gemm.isa,
             limits.gemm.activations,
             limits.gemm.threads
@@ -163,7 +164,7 @@ fn summary(middle: &[(&RunReport, (f64, f64))]) -> String {
         "MB/token",
         "wait",
         "of disk",
-        "of memory",
+        "of limit",
         "median"
     );
     for (run, (slowest, fastest)) in middle {
@@ -187,8 +188,8 @@ fn summary(middle: &[(&RunReport, (f64, f64))]) -> String {
             percent(e.hit_rate),
             e.read_bytes_per_token / 1e6,
             percent(e.wait_seconds / run.seconds),
-            percent(run.memory_fraction),
-            percent(run.memory_fraction_beside)
+            percent(run.limit_fraction),
+            percent(run.limit_fraction_beside)
         )
         .expect("writing to a string does not fail");
     }

@@ -1,8 +1,8 @@
 //! The timed runs: prompts from position 0, then one session that walks to each position.
 //!
 //! The clock covers what a user waits for: the engine's calls and the choice of the next token. The
-//! disk's and the memory's own limits are measured again beside every run, because both change from
-//! one minute to the next.
+//! limits of the disk, of the memory and, for a prompt, of the products are measured again beside every
+//! run, because they change from one minute to the next.
 
 use std::ops::ControlFlow;
 use std::sync::Arc;
@@ -19,7 +19,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 
 use super::course::{Course, SYNTHETIC_PROMPT};
-use super::limits::{Disk, MemoryProbe};
+use super::limits::{Disk, GemmProbe, MemoryProbe};
 use super::prompt::likeliest;
 
 /// Prompt or output.
@@ -67,6 +67,8 @@ pub struct Run {
     pub disk_rate: Option<f64>,
     /// Median passes over memory just before and just after, their mean, in bytes a second.
     pub memory_rate: f64,
+    /// The same of the products beside a prompt, in operations a second.
+    pub gemm_rate: Option<f64>,
 }
 
 /// What is measured beside each run.
@@ -75,16 +77,22 @@ pub struct Beside<'a> {
     pub disk: &'a mut Disk,
     /// Reads in flight.
     pub depth: usize,
-    /// Memory to read, and who reads it.
-    pub memory: (&'a MemoryProbe, &'a Pool),
+    /// Memory to read.
+    pub memory: &'a MemoryProbe,
+    /// Products to form.
+    pub products: &'a GemmProbe,
+    /// Who does both.
+    pub pool: &'a Pool,
     /// For how long, each.
     pub time: Duration,
 }
 
 impl Beside<'_> {
-    fn memory(&self) -> Result<f64> {
-        let (memory, pool) = self.memory;
-        Ok(memory.measure(pool, self.time)?.bytes_per_second_median)
+    /// Median passes over memory and, for a prompt, of products.
+    fn passes(&self, phase: Phase) -> Result<(f64, Option<f64>)> {
+        let memory = self.memory.measure(self.pool, self.time)?.bytes_per_second_median;
+        let products = || self.products.measure(self.pool, self.time).flops_per_second_median;
+        Ok((memory, (phase == Phase::Prefill).then(products)))
     }
 }
 
@@ -203,13 +211,14 @@ impl<'a> Walk<'a> {
             self.engine.store().forget();
         }
         let disk = self.beside.disk.measure(self.beside.depth, self.beside.time)?;
-        let memory = self.beside.memory()?;
+        let before = self.beside.passes(phase)?;
         let (reads, timing) = (self.engine.store().counters(), session.timing().clone());
         let position = session.position();
         let mut step_seconds = Vec::with_capacity(tokens);
         let started = Instant::now();
         work(session, &mut step_seconds)?;
         let seconds = started.elapsed().as_secs_f64();
+        let after = self.beside.passes(phase)?;
         self.runs.push(Run {
             phase,
             pool,
@@ -221,7 +230,8 @@ impl<'a> Walk<'a> {
             reads: self.engine.store().counters().since(&reads),
             timing: session.timing().since(&timing),
             disk_rate: (disk.bytes > 0).then(|| disk.rate()),
-            memory_rate: (memory + self.beside.memory()?) / 2.0,
+            memory_rate: (before.0 + after.0) / 2.0,
+            gemm_rate: before.1.zip(after.1).map(|(before, after)| (before + after) / 2.0),
         });
         Ok(())
     }

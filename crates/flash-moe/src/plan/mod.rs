@@ -13,7 +13,7 @@ use flash_moe_engine::budget::Budget;
 use flash_moe_engine::engine::Options;
 use flash_moe_engine::pool::Pool;
 
-use crate::bench::limits::{self, Effort, MemoryProbe};
+use crate::bench::limits::{Effort, GemmProbe, MemoryProbe};
 use crate::bench::machine_of;
 use crate::bench::report::Limits;
 use crate::options::bench::PlanArgs;
@@ -77,7 +77,8 @@ fn measure(args: &PlanArgs, subject: &Subject, memory_limit: u64) -> Result<(Lim
     let words = MemoryProbe::new(&pool, MemoryProbe::bytes(memory_limit));
     let memory = words.measure(&pool, effort.each)?;
     drop(words);
-    let gemm = limits::gemm(&pool, subject.options.isa, subject.options.arithmetic, effort)?;
+    let products = GemmProbe::new(subject.options.isa, subject.options.arithmetic)?;
+    let gemm = products.measure(&pool, effort.each);
     let (mut disk, _scratch) = subject.disk(args)?;
     let sweep = disk.sweep(effort)?;
     let best = Limits::best_disk(&sweep).map_or(f64::INFINITY, |(rate, _)| rate);

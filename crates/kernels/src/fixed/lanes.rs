@@ -237,11 +237,26 @@ macro_rules! fixed_operations {
             // Loads that cross cache lines take twice the time.
             let start = tile.codes.as_ptr().align_offset(64);
             let codes = &mut tile.codes[start..][..STEP_COLS * TILE_ROWS];
+            // Rows that are missing repeat the last one.
+            let rows = std::array::from_fn(|i| w.row((range.start + i).min(range.end - 1)).weight);
+            let group = xs.layout.scale_group();
+            let mut step = Step {
+                rows: range.len(),
+                cols: w.cols(),
+                group,
+                row_groups: w.cols() / group,
+                sum_shift: (xs.layout.sum_group() / group).trailing_zeros(),
+                groups: 0..0,
+                codes,
+                scales,
+                biases,
+                xs,
+            };
             y.fill(0.0);
             for first in (0..w.cols()).step_by(STEP_COLS) {
                 let cols = first..w.cols().min(first + STEP_COLS);
-                by_width!(w.format(), fill_codes(w, (range.clone(), cols.clone()), codes));
-                let step = Step { w, rows: range.len(), cols, codes, scales, biases, xs };
+                by_width!(w.format(), fill_codes(&rows, range.len(), cols.clone(), step.codes));
+                step.groups = cols.start / group..cols.end / group;
                 // Bytes of a tile are alike but for those that use all of their bits.
                 match w.format() {
                     Format::Affine { bits: 8, .. } => multiply_step::<8>(&step, y),
@@ -250,31 +265,30 @@ macro_rules! fixed_operations {
             }
         }
 
-        /// Unpacks columns of rows into panels. Rows that are missing repeat the last one.
+        /// Unpacks columns of the first `count` rows of a tile into panels.
         #[target_feature(enable = $features)]
         fn fill_codes<const BITS: usize, const GROUP: usize>(
-            w: &Rows,
-            (range, cols): (Range<usize>, Range<usize>),
+            rows: &[&[u8]; TILE_ROWS],
+            count: usize,
+            cols: Range<usize>,
             codes: &mut [u8],
         ) {
             let bytes = cols.start * BITS / 8..cols.end * BITS / 8;
-            let panels =
-                codes.chunks_exact_mut(LANES * STEP_COLS).take(range.len().div_ceil(LANES));
-            for (panel, codes) in panels.enumerate() {
-                let mut rows = [&[][..]; LANES];
-                for (i, row) in rows.iter_mut().enumerate() {
-                    let index = (range.start + panel * LANES + i).min(range.end - 1);
-                    *row = &w.row(index).weight[bytes.clone()];
+            let panels = codes.chunks_exact_mut(LANES * STEP_COLS).take(count.div_ceil(LANES));
+            for (panel, rows) in panels.zip(rows.as_chunks::<LANES>().0) {
+                let mut packed = [&[][..]; LANES];
+                for (packed, row) in packed.iter_mut().zip(rows) {
+                    *packed = &row[bytes.clone()];
                     // What the next step unpacks.
-                    floats::prefetch(row.as_ptr().wrapping_add(row.len()));
+                    floats::prefetch(packed.as_ptr().wrapping_add(packed.len()));
                 }
                 if BITS == 2 || BITS == 4 || BITS == 8 {
-                    interleave_packed::<BITS, GROUP>(&rows, codes);
+                    interleave_packed::<BITS, GROUP>(&packed, panel);
                     continue;
                 }
-                for (step, codes) in codes.chunks_mut(64 * LANES).enumerate() {
+                for (step, codes) in panel.chunks_mut(64 * LANES).enumerate() {
                     if step * 8 * BITS < bytes.len() {
-                        interleave::<BITS, GROUP>(&rows, step * 8 * BITS, codes);
+                        interleave::<BITS, GROUP>(&packed, step * 8 * BITS, codes);
                     }
                 }
             }
@@ -292,22 +306,32 @@ macro_rules! fixed_operations {
             let (in_group, in_plane) = (GROUP / 4, GROUP * BITS / 32);
             let steps = codes.as_chunks_mut::<{ 4 * LANES }>().0;
             let words = rows[0].len() / 4;
+            let mut keep = |word: usize, register: Bytes| {
+                let (group, place) = (word / in_plane, word % in_plane);
+                for p in 0..8 / BITS {
+                    let at = group * in_group + p * in_plane + place;
+                    store_bytes(plane::<BITS>(register, p), &mut steps[at]);
+                }
+            };
             for first in (0..words).step_by(LANES) {
                 let mut registers = [zero_bytes(); LANES];
-                let whole = words - first >= LANES;
-                for (register, row) in registers.iter_mut().zip(rows) {
-                    let packed = &row[4 * first..];
-                    let rest = if whole { [0; 64] } else { padded(packed) };
-                    let packed = if whole { packed } else { &rest };
-                    *register =
-                        packed.first_chunk().map_or(zero_bytes(), |packed| load_bytes(packed));
-                }
-                let registers = transpose(registers);
-                for (i, register) in registers.into_iter().enumerate().take(words - first) {
-                    let (group, place) = ((first + i) / in_plane, (first + i) % in_plane);
-                    for p in 0..8 / BITS {
-                        let at = group * in_group + p * in_plane + place;
-                        store_bytes(plane::<BITS>(register, p), &mut steps[at]);
+                if words - first >= LANES {
+                    for (register, row) in registers.iter_mut().zip(rows) {
+                        let packed = row[4 * first..].first_chunk();
+                        *register = packed.map_or(zero_bytes(), |packed| load_bytes(packed));
+                    }
+                    let registers = transpose(registers);
+                    for i in 0..LANES {
+                        keep(first + i, registers[i]);
+                    }
+                } else {
+                    for (register, row) in registers.iter_mut().zip(rows) {
+                        let packed = padded(&row[4 * first..]);
+                        *register = packed.first_chunk().map_or(zero_bytes(), |p| load_bytes(p));
+                    }
+                    let registers = transpose(registers);
+                    for i in 0..words - first {
+                        keep(first + i, registers[i]);
                     }
                 }
             }
@@ -398,13 +422,10 @@ macro_rules! fixed_operations {
             (first_panel, first_token): (usize, usize),
             y: &mut [f32],
         ) {
-            let (all, xs) = (step.w.cols(), step.xs);
-            // The group is a variable here: unrolled, its steps would not fit the registers.
-            let group = xs.layout.scale_group();
-            let ratio = xs.layout.sum_group() / group;
+            let (all, group, xs) = (step.cols, step.group, step.xs);
             let steps = step.codes.as_chunks::<{ 4 * LANES }>().0;
             let (rows, _) = y.as_chunks_mut::<TILE_ROWS>();
-            for (i, g) in (step.cols.start / group..step.cols.end / group).enumerate() {
+            for (i, g) in step.groups.clone().enumerate() {
                 let mut codes = [steps; BLOCK_PANELS];
                 for (p, codes) in codes.iter_mut().enumerate() {
                     let start = ((first_panel + p) * STEP_COLS + i * group) / 4;
@@ -421,14 +442,14 @@ macro_rules! fixed_operations {
                     }
                     sums = add_dots::<BITS, N>(codes, &xs.lo[first..], all, sums);
                 }
-                let at = g / ratio * TILE_ROWS + first_panel * LANES;
+                let ends_sum = (g + 1).trailing_zeros() >= step.sum_shift;
                 let mut factors = [[0.0; 2]; N];
                 for (n, factors) in factors.iter_mut().enumerate() {
-                    let group = (first_token + n) * (all / group) + g;
-                    let sum =
-                        if (g + 1).is_multiple_of(ratio) { xs.sums[group / ratio] } else { 0.0 };
+                    let group = (first_token + n) * step.row_groups + g;
+                    let sum = if ends_sum { xs.sums[group >> step.sum_shift] } else { 0.0 };
                     *factors = [xs.scales[group], sum];
                 }
+                let at = (g >> step.sum_shift) * TILE_ROWS + first_panel * LANES;
                 let panels = (&step.scales[at..], &step.biases[at..]);
                 add_sums(&sums, panels, &factors, (first_panel, rows));
             }

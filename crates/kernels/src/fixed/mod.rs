@@ -200,12 +200,15 @@ impl Isa {
 /// Columns of a tile's rows and the vectors that they are multiplied by.
 #[cfg(any(target_arch = "aarch64", target_arch = "x86_64"))]
 struct Step<'a> {
-    w: &'a Rows<'a>,
     rows: usize,
-    cols: std::ops::Range<usize>,
-    codes: &'a [u8],   // [TILE_ROWS / LANES][STEP_COLS / 4][LANES][4]
-    scales: &'a [f32], // [w.cols() / sum_group][TILE_ROWS]
-    biases: &'a [f32], // [w.cols() / sum_group][TILE_ROWS]
+    cols: usize,                    // of all steps
+    group: usize,                   // columns that share an activation scale
+    row_groups: usize,              // of them in a row
+    sum_shift: u32,                 // two to this of them share a weight scale
+    groups: std::ops::Range<usize>, // of this step
+    codes: &'a mut [u8],            // [TILE_ROWS / LANES][STEP_COLS / 4][LANES][4]
+    scales: &'a [f32],              // [cols / sum_group][TILE_ROWS]
+    biases: &'a [f32],              // [cols / sum_group][TILE_ROWS]
     xs: &'a Fixed<'a>,
 }
 
