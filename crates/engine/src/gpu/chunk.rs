@@ -55,15 +55,15 @@ pub fn layout(
 }
 
 /// A token that goes to an expert: its number times the experts for a token, plus the rank.
-struct Sorted {
-    tiles: Vec<[u32; 4]>,            // expert, first pair, pairs
-    tokens: Vec<u32>,                // of each pair
-    places: Vec<u32>,                // of each token's ranks among the pairs
+pub(super) struct Sorted {
+    pub(super) tiles: Vec<[u32; 4]>, // expert, first pair, pairs
+    pub(super) tokens: Vec<u32>,     // of each pair
+    pub(super) places: Vec<u32>,     // of each token's ranks among the pairs
     experts: Vec<(ExpertId, usize)>, // those that are used, with the number of their tiles
 }
 
 /// Sorts the choices `[tokens][top_k]` by expert, then token.
-fn sort(chosen: &[ExpertId], top_k: usize) -> Sorted {
+pub(super) fn sort(chosen: &[ExpertId], top_k: usize) -> Sorted {
     let mut order: Vec<usize> = (0..chosen.len()).collect();
     order.sort_by_key(|i| (chosen[*i], *i));
     let mut sorted = Sorted {

@@ -494,3 +494,7 @@ fn one(mut parts: Vec<Part>) -> Result<Option<Part>> {
         )),
     }
 }
+
+#[cfg(test)]
+#[path = "../../tests/gpu_kernels/mod.rs"]
+mod kernel_tests;

@@ -454,21 +454,19 @@ impl Slabs {
         let matrices = matrices.map(|(name, m)| {
             let step = scale_bytes(m.precision);
             format!(
-                "const {name} = Matrix({}u, {}u, {}u);\n",
+                "const {name} = Place({}u, {}u, {}u, {}u);\n",
                 m.offsets[0] / 4,
                 m.offsets[1] / step,
-                m.offsets[2] / step
+                m.offsets[2] / step,
+                usize::from(step == 2)
             )
         });
-        // Scales of two bytes are counted in halves of a word, those of four in words.
-        let shift = usize::from(scale_bytes(self.layout.down.precision) == 2);
         let text = text!("experts")
             .replace("//SLABS", &bindings.collect::<String>())
             .replace("//SLAB_READ", &read);
         text + &matrices.concat()
             + &constant("SLAB_SLOTS", self.slots_each)
             + &constant("SLOT_WORDS", self.slot_words)
-            + &constant("SCALE_SHIFT", shift)
     }
 }
 
