@@ -10,7 +10,7 @@ use wgpu::{BindGroup, Buffer, ComputePass, ComputePipeline};
 use super::clock::Work;
 use super::dense::bytes_of;
 use super::kernels::{ChunkKernels, Compiler};
-use super::layout::{Layout, grouped, top_k};
+use super::layout::{DELTA_TOKENS, Layout, grouped, top_k};
 use super::source::{Slabs, Sources};
 use super::step::difference;
 use super::timeline::LayerMemory;
@@ -238,6 +238,9 @@ impl Gpu {
                 pass.set_bind_group(2, &memory.read, &[]);
                 let heads = 2 * d.key_heads + d.value_heads;
                 pass.dispatch_workgroups(heads as u32, tokens as u32, 1);
+                pass.set_pipeline(&kernels.pairs);
+                let parts = tokens.div_ceil(DELTA_TOKENS);
+                pass.dispatch_workgroups(d.value_heads as u32, parts as u32, 1);
                 pass.set_pipeline(&kernels.scan);
                 pass.set_bind_group(2, &memory.write, &[]);
                 pass.dispatch_workgroups(d.value_heads as u32, d.value_dim as u32 / 32, 1);

@@ -95,6 +95,7 @@ pub struct AttentionChunk {
 /// Kernels of a chunk's layers that have the delta rule.
 pub struct DeltaChunk {
     pub rows: ComputePipeline,
+    pub pairs: ComputePipeline,
     pub scan: ComputePipeline,
     pub heads: ComputePipeline,
     pub out: ComputePipeline,
@@ -266,6 +267,7 @@ impl Compiler<'_> {
         };
         Ok(DeltaChunk {
             rows: kernel("delta rows", &sources.delta_rows(), &[&v.scratch, &v.read, &v.read])?,
+            pairs: kernel("delta pairs", &sources.delta_pairs(), &[&v.scratch, &v.read])?,
             scan: kernel("delta scan", &sources.delta_scan(), &[&v.scratch, &v.read, &v.write])?,
             heads: kernel("heads", &sources.heads_rows(), &[&v.scratch, &v.read])?,
             out: kernel("gemm out", &out, &[&v.scratch, &v.read])?,

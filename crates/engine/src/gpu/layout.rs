@@ -16,6 +16,10 @@ const GROUPED_MAX: usize = 8;
 pub const HEADER_VECTORS: usize = 16;
 /// Segments that the header holds.
 pub const SEGMENTS_MAX: usize = (HEADER_VECTORS - 1) / 3;
+/// Tokens that the delta rule takes together.
+pub const DELTA_TOKENS: usize = 32;
+/// Words of what such tokens are to each other, for one head: two squares, and the fades on both sides.
+const PAIRS_WORDS: usize = 2 * DELTA_TOKENS * DELTA_TOKENS + 2 * DELTA_TOKENS;
 /// Words that tell a token's kernels about it.
 const TOKEN_WORDS: usize = 4;
 
@@ -111,8 +115,12 @@ impl Layout {
                 ("VALUE_DIM", d.value_dim),
                 ("VALUE_BLOCKS", d.value_dim / 32),
                 ("CHANNELS", d.conv_channels()),
+                ("DELTA_TOKENS", DELTA_TOKENS),
+                ("PAIRS_WORDS", PAIRS_WORDS),
                 ("HISTORY_AT", d.value_heads * d.key_dim * d.value_dim),
             ]);
+            let [step, pooled] = delta_steps(d.key_dim);
+            self.names.extend([("STEP", step), ("POOLED", pooled)]);
         }
     }
 
@@ -158,10 +166,22 @@ impl Layout {
     }
 
     fn chunk(&mut self, shape: &Shape, top_k: usize) {
-        let channels = shape.delta.as_ref().map_or(0, DeltaNet::conv_channels);
-        self.place("CONVOLVED_AT", self.rows * channels);
+        if let Some(d) = &shape.delta {
+            let parts = self.rows.div_ceil(DELTA_TOKENS) * d.value_heads;
+            self.place("CONVOLVED_AT", self.rows * d.conv_channels());
+            self.place("PAIRS_AT", parts * PAIRS_WORDS);
+        }
         self.place("OUTPUT_AT", self.rows * top_k * shape.hidden);
     }
+}
+
+/// Tokens whose keys and queries are multiplied with the state at a time, and keys that are added to it
+/// at a time: what 16 KiB of workgroup memory hold.
+fn delta_steps(key_dim: usize) -> [usize; 2] {
+    let fours = 8 * key_dim.div_ceil(32);
+    let step = if key_dim > 128 { 2 } else { 4 };
+    let pooled = step / 2 * 256 / fours;
+    [step, (1 << pooled.ilog2()).min(DELTA_TOKENS)]
 }
 
 fn query_stride(shape: &Shape) -> usize {

@@ -270,7 +270,12 @@ impl Sources {
         self.head() + text!("delta_rows")
     }
 
-    /// The delta rule's recurrence over a chunk.
+    /// What a chunk's tokens are to each other under the delta rule.
+    pub fn delta_pairs(&self) -> String {
+        self.head() + text!("delta_pairs")
+    }
+
+    /// The delta rule over a chunk.
     pub fn delta_scan(&self) -> String {
         self.head() + text!("delta_scan")
     }

@@ -4,7 +4,7 @@ use flash_moe_kernels::f16_to_f32;
 use wgpu::{BindGroup, Buffer};
 
 use super::super::dense::{Packing, Segment};
-use super::super::layout::{SPLITS_MAX, grouped};
+use super::super::layout::{DELTA_TOKENS, SPLITS_MAX, grouped};
 use super::{Bench, Random, assert_close, rounding, shape, sigmoid, silu, stands, wide};
 use crate::container::Precision;
 use crate::shape::{Attention, DeltaNet, Shape};
@@ -420,6 +420,9 @@ fn the_delta_rule_takes_chunks_of_any_length() {
             let rows = bench.sources.delta_rows();
             let groups = [&vectors, &read];
             bench.run(&rows, &[&views.read, &views.read], &[(&groups, [heads, tokens, 1])]);
+            let pairs = bench.sources.delta_pairs();
+            let counts = [d.value_heads, tokens.div_ceil(DELTA_TOKENS), 1];
+            bench.run(&pairs, &[&views.read], &[(&[&vectors], counts)]);
             let scan = bench.sources.delta_scan();
             let counts = [d.value_heads, d.value_dim / 32, 1];
             let groups = [&vectors, &write];

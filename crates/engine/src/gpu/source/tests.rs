@@ -49,6 +49,7 @@ fn kernels(shape: &Shape, subgroups: bool) -> Vec<(String, String)> {
         ("norm_rows".to_string(), many.norm_rows()),
         ("heads_rows".to_string(), many.heads_rows()),
         ("delta_rows".to_string(), many.delta_rows()),
+        ("delta_pairs".to_string(), many.delta_pairs()),
         ("delta_scan".to_string(), many.delta_scan()),
         ("join_rows".to_string(), many.join_rows()),
     ];
