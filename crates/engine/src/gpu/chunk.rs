@@ -10,7 +10,7 @@ use wgpu::{BindGroup, Buffer, ComputePass, ComputePipeline};
 use super::clock::Work;
 use super::dense::bytes_of;
 use super::kernels::{ChunkKernels, Compiler};
-use super::layout::{DELTA_TOKENS, Layout, grouped, top_k};
+use super::layout::{ATTEND_ROWS, DELTA_TOKENS, Layout, top_k};
 use super::source::{Slabs, Sources};
 use super::step::difference;
 use super::timeline::LayerMemory;
@@ -224,8 +224,9 @@ impl Gpu {
                 pass.dispatch_workgroups((a.heads + a.kv_heads) as u32, tokens as u32, 1);
                 pass.set_pipeline(&kernels.attend);
                 pass.set_bind_group(1, &memory.read, &[]);
-                let groups = a.heads / grouped(&self.shape);
-                pass.dispatch_workgroups(groups as u32, tokens as u32, 1);
+                let rows = tokens * a.heads / a.kv_heads;
+                let blocks = rows.div_ceil(ATTEND_ROWS);
+                pass.dispatch_workgroups(a.kv_heads as u32, blocks as u32, 1);
                 self.gemm(pass, &kernels.out, out, tokens);
             }
             (Mixing::DeltaNet { project, vectors, out }, _, Some(kernels)) => {

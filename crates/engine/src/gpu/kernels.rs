@@ -172,7 +172,7 @@ impl Compiler<'_> {
     fn attention(&self) -> Result<AttentionKernels> {
         let (v, a) = (self.views, &self.shape.attention);
         let turn = self.sources.turn(self.halves);
-        let attend = self.sources.attend(self.halves, false);
+        let attend = self.sources.attend(self.halves);
         let cols = a.heads * a.head_dim;
         Ok(AttentionKernels {
             turn: self.device.kernel("turn", &turn, &[&v.scratch, &v.read, &v.write])?,
@@ -249,7 +249,8 @@ impl Compiler<'_> {
     fn attention_chunk(&self, sources: &Sources) -> Result<AttentionChunk> {
         let (v, a) = (self.views, &self.shape.attention);
         let out = sources.by_rows(Rows::Mixed, Give::Add, a.heads * a.head_dim);
-        let (turn, attend) = (sources.turn(self.halves), sources.attend(self.halves, true));
+        let turn = sources.turn(self.halves);
+        let attend = sources.attend_rows(self.halves, a.head_dim);
         Ok(AttentionChunk {
             turn: self.device.kernel("turn", &turn, &[&v.scratch, &v.read, &v.write])?,
             attend: self.device.kernel("attend", &attend, &[&v.scratch, &v.read])?,

@@ -16,6 +16,8 @@ const GROUPED_MAX: usize = 8;
 pub const HEADER_VECTORS: usize = 16;
 /// Segments that the header holds.
 pub const SEGMENTS_MAX: usize = (HEADER_VECTORS - 1) / 3;
+/// Rows, one head of one token each, that a workgroup attends for in a chunk.
+pub const ATTEND_ROWS: usize = 64;
 /// Tokens that the delta rule takes together.
 pub const DELTA_TOKENS: usize = 32;
 /// Words of what such tokens are to each other, for one head: two squares, and the fades on both sides.

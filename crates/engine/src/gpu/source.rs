@@ -140,22 +140,39 @@ fn each(source: &str, precisions: &[Precision], one: fn(&str, Precision) -> Stri
 
 /// Writes `//ROW` lines once for each row.
 fn with_rows(text: &str, rows: usize) -> String {
+    repeated(text, ("//ROW ", "$r"), rows).replace("ROWSu", &format!("{rows}u"))
+}
+
+/// Writes runs of lines that begin with a mark so many times, with the number in the place of a name.
+fn repeated(text: &str, (mark, name): (&str, &str), count: usize) -> String {
     let mut out = String::new();
-    for line in text.lines() {
-        match line.trim_start().strip_prefix("//ROW ") {
-            Some(line) => {
-                (0..rows).for_each(|r| out += &(line.replace("$r", &r.to_string()) + "\n"));
+    let lines: Vec<&str> = text.lines().collect();
+    for run in
+        lines.chunk_by(|a, b| a.trim_start().starts_with(mark) == b.trim_start().starts_with(mark))
+    {
+        let marked = run[0].trim_start().starts_with(mark);
+        for number in 0..if marked { count } else { 1 } {
+            for line in run {
+                let line = line.trim_start().strip_prefix(mark).unwrap_or(line);
+                out += &(line.replace(name, &number.to_string()) + "\n");
             }
-            None => out += &(line.to_string() + "\n"),
         }
     }
-    out.replace("ROWSu", &format!("{rows}u"))
+    out
 }
 
 fn given(give: Give) -> &'static str {
     match give {
         Give::Store => text!("give_store"),
         Give::Add => text!("give_add"),
+    }
+}
+
+/// How keys and values are read.
+fn kept(halves: bool) -> &'static str {
+    match halves {
+        true => text!("kv_f16"),
+        false => text!("kv_f32"),
     }
 }
 
@@ -219,14 +236,15 @@ impl Sources {
         self.head() + keep + text!("turn")
     }
 
-    /// Attention over parts of the context, or of a chunk's tokens over the whole of it.
-    pub fn attend(&self, halves: bool, chunk: bool) -> String {
-        let kept = match halves {
-            true => text!("kv_f16"),
-            false => text!("kv_f32"),
-        };
-        let main = if chunk { text!("attend_rows") } else { text!("attend_parts") };
-        self.head() + self.team() + kept + text!("attend") + main
+    /// Attention of a token over parts of the context.
+    pub fn attend(&self, halves: bool) -> String {
+        self.head() + self.team() + kept(halves) + text!("attend") + text!("attend_parts")
+    }
+
+    /// Attention of a chunk's tokens over all that they see.
+    pub fn attend_rows(&self, halves: bool, head_dim: usize) -> String {
+        let slices = head_dim.div_ceil(32);
+        self.head() + kept(halves) + &repeated(text!("attend_rows"), ("//SLICE ", "$s"), slices)
     }
 
     /// The parts joined.

@@ -4,7 +4,7 @@ use flash_moe_kernels::f16_to_f32;
 use wgpu::{BindGroup, Buffer};
 
 use super::super::dense::{Packing, Segment};
-use super::super::layout::{DELTA_TOKENS, SPLITS_MAX, grouped};
+use super::super::layout::{ATTEND_ROWS, DELTA_TOKENS, SPLITS_MAX, grouped};
 use super::{Bench, Random, assert_close, rounding, shape, sigmoid, silu, stands, wide};
 use crate::container::Precision;
 use crate::shape::{Attention, DeltaNet, Shape};
@@ -12,6 +12,7 @@ use crate::shape::{Attention, DeltaNet, Shape};
 /// Heads, key/value heads, width of a head, rotated dimensions, gate.
 const ATTENTIONS: [(usize, usize, usize, usize, bool); 3] =
     [(6, 2, 48, 16, true), (4, 4, 16, 16, false), (20, 1, 256, 64, true)];
+// 3, 1 and 20 query heads to a key/value head: rows of a block that end within a token.
 
 fn attending(
     (heads, kv_heads, head_dim, rotary_dims, gate): (usize, usize, usize, usize, bool),
@@ -227,7 +228,7 @@ fn attention_of_one_token_is_a_plain_softmax() {
                 bench.put_numbers("TOKEN_AT", &[first, pages_each]);
                 turn.turn(&mut random);
                 let read = &[&stand.views.read][..];
-                let attend = bench.sources.attend(halves, false);
+                let attend = bench.sources.attend(halves);
                 let counts = [a.heads / grouped(&shape), pages.div_ceil(pages_each), 1];
                 bench.run(&attend, read, &[(&[&cache.groups[0]], counts)]);
                 bench.run(&bench.sources.combine(), &[], &[(&[], [a.heads, 1, 1])]);
@@ -250,8 +251,9 @@ fn attention_of_a_chunk_is_a_plain_softmax_over_what_each_token_sees() {
                 let turn = Turn { bench: &bench, cache: &cache, first, tokens };
                 bench.put_numbers("TOKEN_AT", &[first, tokens]);
                 turn.turn(&mut random);
-                let attend = bench.sources.attend(halves, true);
-                let counts = [a.heads / grouped(&shape), tokens, 1];
+                let attend = bench.sources.attend_rows(halves, a.head_dim);
+                let rows = tokens * a.heads / a.kv_heads;
+                let counts = [a.kv_heads, rows.div_ceil(ATTEND_ROWS), 1];
                 bench.run(&attend, &[&stand.views.read], &[(&[&cache.groups[0]], counts)]);
                 turn.check("attend rows");
             }

@@ -55,8 +55,11 @@ fn kernels(shape: &Shape, subgroups: bool) -> Vec<(String, String)> {
     ];
     for halves in [false, true] {
         all.push((format!("turn {halves}"), one.turn(halves)));
-        all.push((format!("attend {halves}"), one.attend(halves, false)));
-        all.push((format!("attend_rows {halves}"), many.attend(halves, true)));
+        all.push((format!("attend {halves}"), one.attend(halves)));
+        all.push((
+            format!("attend_rows {halves}"),
+            many.attend_rows(halves, shape.attention.head_dim),
+        ));
     }
     for input in [Input::Norm, Input::KeptNorm, Input::Plain, Input::Heads, Input::Gated] {
         for (give, cols, rows) in [(Give::Store, 512, 1), (Give::Add, 8192, 4)] {
