@@ -50,6 +50,28 @@ pub enum Rows {
     Shared,
 }
 
+/// Vectors of a tile of a product with many.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Tile {
+    /// 16.
+    Short,
+    /// 64.
+    Tall,
+}
+
+impl Tile {
+    /// The vectors.
+    pub fn vectors(self) -> usize {
+        match self {
+            Self::Short => 16,
+            Self::Tall => 64,
+        }
+    }
+}
+
+/// A matrix of an expert's record: its place's name, and how it is stored.
+type OfRecord = (&'static str, Precision);
+
 /// Where kernels are put together.
 pub struct Sources {
     /// The model's constants.
@@ -176,6 +198,16 @@ fn kept(halves: bool) -> &'static str {
     }
 }
 
+/// The sizes of an expert's matrices: columns, rows.
+fn sizes(cols: usize, rows: usize) -> String {
+    constant("COLS", cols) + &constant("OUT_ROWS", rows)
+}
+
+/// What multiplies tiles of so many matrices.
+fn tiled(tile: Tile, matrices: usize) -> String {
+    constant("TILE", tile.vectors()) + &constant("MATRICES", matrices) + text!("gemm_tile")
+}
+
 fn constant(name: &str, value: usize) -> String {
     format!("const {name}: u32 = {value}u;\n")
 }
@@ -252,8 +284,8 @@ impl Sources {
         self.head() + text!("combine")
     }
 
-    /// Matrices of `cols` columns times many vectors.
-    pub fn by_rows(&self, rows: Rows, give: Give, cols: usize) -> String {
+    /// Matrices of `cols` columns times many vectors, in tiles.
+    pub fn by_rows(&self, rows: Rows, give: Give, cols: usize, tile: Tile) -> String {
         let input = match rows {
             Rows::Normed => text!("rows_normed"),
             Rows::Mixed => text!("rows_mixed"),
@@ -261,12 +293,13 @@ impl Sources {
             Rows::Shared => text!("rows_shared"),
         };
         let main = text!("gemm").replace("//FORMATS", &self.cases(text!("gemm_format")));
-        let parts: [&str; 7] = [
+        let parts: [&str; 8] = [
             &self.head(),
             &constant("COLS", cols),
             text!("dense"),
             input,
             given(give),
+            &tiled(tile, 1),
             &each("dense", &self.precisions, eight),
             &main,
         ];
@@ -303,64 +336,56 @@ impl Sources {
         self.head() + text!("join_rows")
     }
 
-    /// Gate and up of experts for their tokens.
-    pub fn gemm_up(&self, slabs: &Slabs, (hidden, width): (usize, usize)) -> String {
-        let (gate, up) = (slabs.layout.gate.precision, slabs.layout.up.precision);
-        let matrices = [("gate", "GATE_MATRIX", gate), ("up", "UP_MATRIX", up)];
-        let outputs = "let out0 = by_gate0 / (1.0 + exp(-by_gate0)) * by_up0;\n\
-                       let out1 = by_gate1 / (1.0 + exp(-by_gate1)) * by_up1;\n";
+    /// Gate and up of experts for their tokens, in tiles of one height.
+    pub fn gemm_up(&self, slabs: &Slabs, (hidden, width): (usize, usize), tile: Tile) -> String {
+        let layout = &slabs.layout;
+        let matrices = [("GATE_MATRIX", layout.gate.precision), ("UP_MATRIX", layout.up.precision)];
         let row = "NORMED_AT + lists[bitcast<u32>(scratch[TOKEN_AT + 3u]) + pair] * COLS";
-        self.gemm_experts(slabs, &matrices, [outputs, row, "ACTIVE_AT"], (hidden, width))
+        let output = "sums0[j] / (1.0 + exp(-sums0[j])) * sums1[j]";
+        let main = text!("gemm_experts").replace("OUTPUT", output);
+        let given = "const GIVEN_AT = ACTIVE_AT;\n".to_string() + &sizes(hidden, width);
+        self.gemm_experts(slabs, &matrices, [&given, row, &main], tile)
     }
 
-    /// Down of experts for their tokens.
-    pub fn gemm_down(&self, slabs: &Slabs, (hidden, width): (usize, usize)) -> String {
-        let matrices = [("down", "DOWN_MATRIX", slabs.layout.down.precision)];
-        let outputs = "let out0 = by_down0;\nlet out1 = by_down1;\n";
-        self.gemm_experts(
-            slabs,
-            &matrices,
-            [outputs, "ACTIVE_AT + pair * COLS", "OUTPUT_AT"],
-            (width, hidden),
-        )
+    /// Down of experts for their tokens, in tiles of one height.
+    pub fn gemm_down(&self, slabs: &Slabs, (hidden, width): (usize, usize), tile: Tile) -> String {
+        let matrices = [("DOWN_MATRIX", slabs.layout.down.precision)];
+        let main = text!("gemm_experts").replace("OUTPUT", "sums0[j]");
+        let given = "const GIVEN_AT = OUTPUT_AT;\n".to_string() + &sizes(width, hidden);
+        self.gemm_experts(slabs, &matrices, [&given, "ACTIVE_AT + pair * COLS", &main], tile)
     }
 
     fn gemm_experts(
         &self,
         slabs: &Slabs,
-        matrices: &[(&str, &str, Precision)],
-        [outputs, row, given]: [&str; 3],
-        (cols, rows): (usize, usize),
+        matrices: &[OfRecord],
+        [constants, row, main]: [&str; 3],
+        tile: Tile,
     ) -> String {
-        let piece = |title: &str| {
-            let text = text!("gemm_matrix");
-            let start = text.find(title).expect("a piece of the file") + title.len();
-            let piece = text[start..].split("//").next().unwrap_or("");
-            let of = |(which, constant, precision): &(&str, &str, Precision)| {
-                piece
-                    .replace("WHICH", &format!("by_{which}"))
-                    .replace("CONSTANT", constant)
-                    .replace("NAME", &name(*precision))
-            };
-            matrices.iter().map(of).collect::<String>()
+        let of = |(i, (place, precision)): (usize, &OfRecord)| {
+            let name = name(*precision);
+            format!(
+                "const PLACE_{i} = {place};\n\
+                 fn eight_{i}(m: Matrix, n: u32, part: u32) -> Eight {{\n\
+                 return expert_eight_{name}(m, n, part);\n}}\n"
+            )
         };
-        let main = text!("gemm_experts")
-            .replace("//TILES", &piece("//TILE\n"))
-            .replace("//MATRICES", &piece("//MATRIX\n"))
-            .replace("//UNPACK", &piece("//UNPACK\n"))
-            .replace("//PRODUCTS", &piece("//PRODUCTS\n"))
-            .replace("//OUTPUTS", outputs);
-        let constants = constant("COLS", cols) + &constant("OUT_ROWS", rows);
-        let input = format!("fn input_row(pair: u32) -> u32 {{ return {row}; }}\n");
-        let precisions: Vec<Precision> = matrices.iter().map(|(_, _, p)| *p).collect();
-        let parts: [&str; 7] = [
+        let places: String = matrices.iter().enumerate().map(of).collect();
+        let precisions: Vec<Precision> = matrices.iter().map(|(_, p)| *p).collect();
+        let tiles = match tile {
+            Tile::Tall => "const TILES_AT = 0u;\n",
+            Tile::Short => "const TILES_AT = SHORT_TILES_AT;\n",
+        };
+        let parts: [&str; 9] = [
             &self.head(),
-            &constants,
-            &format!("const GIVEN_AT = {given};\n"),
+            constants,
+            tiles,
             &slabs.source(),
-            &input,
+            &format!("fn input_row(pair: u32) -> u32 {{ return {row}; }}\n"),
+            &tiled(tile, matrices.len()),
             &each("expert", &precisions, eight),
-            &main,
+            &places,
+            &repeated(main, ("//MATRIX ", "$m"), matrices.len()),
         ];
         parts.concat()
     }

@@ -2,9 +2,10 @@
 
 use wgpu::BindGroup;
 
-use super::super::chunk::sort;
+use super::super::chunk::{sort, tokens_at};
 use super::super::dense::{Packing, Segment};
-use super::super::source::Slabs;
+use super::super::layout::short_tiles_at;
+use super::super::source::{Slabs, Tile};
 use super::{Bench, MANTISSA, Random, Rounded, Stand, by_team, precisions, shape, sigmoid, stands};
 use crate::container::{Matrix, Precision, RecordLayout};
 use crate::shape::{ExpertId, Shape};
@@ -189,10 +190,19 @@ fn experts_take_all_of_their_tokens_together() {
             let weights = random.vector(tokens * TOP_K);
             let chosen = choices(tokens);
             let sorted = sort(&chosen, TOP_K);
-            let tiles: Vec<u32> = sorted.tiles.concat();
-            let lists = [&tiles[..], &sorted.tokens, &sorted.places].concat();
-            let places_at = tiles.len() + sorted.tokens.len();
-            bench.put_numbers("TOKEN_AT", &[0, tokens, places_at, tiles.len()]);
+            let most = 75 * TOP_K;
+            let tokens_at = tokens_at(most, EXPERTS);
+            let places_at = tokens_at + sorted.tokens.len();
+            let mut lists = vec![0; places_at + sorted.places.len()];
+            for (at, words) in [
+                (0, sorted.tall.as_flattened()),
+                (short_tiles_at(most), sorted.short.as_flattened()),
+                (tokens_at, &sorted.tokens),
+                (places_at, &sorted.places),
+            ] {
+                lists[at..at + words.len()].copy_from_slice(words);
+            }
+            bench.put_numbers("TOKEN_AT", &[0, tokens, places_at, tokens_at]);
             for (name, values) in [("NORMED_AT", &xs), ("H_AT", &h), ("WEIGHTS_AT", &weights)] {
                 bench.put(name, values);
             }
@@ -200,12 +210,14 @@ fn experts_take_all_of_their_tokens_together() {
             let lists = bench.group(&views.read, bytemuck::cast_slice(&lists));
             let groups = [&slots, &lists];
             let kernels = [&views.slots[records.slabs.slabs - 1], &views.read];
-            for (source, rows) in [
-                (bench.sources.gemm_up(&records.slabs, sizes), shape.moe.width),
-                (bench.sources.gemm_down(&records.slabs, sizes), shape.hidden),
-            ] {
-                let counts = [rows.div_ceil(64), sorted.tiles.len(), 1];
-                bench.run(&source, &kernels, &[(&groups, counts)]);
+            let tiles = [(Tile::Tall, sorted.tall.len()), (Tile::Short, sorted.short.len())];
+            for (tile, count) in tiles.into_iter().filter(|(_, count)| *count > 0) {
+                let up = bench.sources.gemm_up(&records.slabs, sizes, tile);
+                bench.run(&up, &kernels, &[(&groups, [sizes.1.div_ceil(64), count, 1])]);
+            }
+            for (tile, count) in tiles.into_iter().filter(|(_, count)| *count > 0) {
+                let down = bench.sources.gemm_down(&records.slabs, sizes, tile);
+                bench.run(&down, &kernels, &[(&groups, [sizes.0.div_ceil(64), count, 1])]);
             }
             bench.run(&bench.sources.join_rows(), &[&views.read], &[(&[&lists], [tokens, 1, 1])]);
             let got = bench.get("H_AT", h.len());

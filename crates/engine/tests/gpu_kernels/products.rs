@@ -2,7 +2,7 @@
 
 use super::super::dense::{Packing, Part, Segment};
 use super::super::layout::BLOCK_MAX;
-use super::super::source::{Give, Input, Rows};
+use super::super::source::{Give, Input, Rows, Tile};
 use super::{
     Bench, Random, add, assert_close, by_team, precisions, product, rounding, shape, sigmoid, silu,
     size_of, stands, wide,
@@ -177,10 +177,13 @@ fn a_vector_is_normed_or_gated_on_its_way_in() {
 /// Runs a product of many vectors on the packed matrices.
 fn by_rows(bench: &Bench, rows: Rows, give: Give, cols: usize, parts: &[Part], tokens: usize) {
     bench.put_numbers("TOKEN_AT", &[0, tokens]);
-    let source = bench.sources.by_rows(rows, give, cols);
+    let tile = if tokens == 33 { Tile::Short } else { Tile::Tall };
+    let source = bench.sources.by_rows(rows, give, cols, tile);
     let groups: Vec<_> = parts.iter().map(|part| [&part.group]).collect();
     let runs: Vec<_> = (groups.iter().zip(parts))
-        .map(|(groups, part)| (&groups[..], [part.tiles as usize, tokens.div_ceil(64), 1]))
+        .map(|(groups, part)| {
+            (&groups[..], [part.tiles as usize, tokens.div_ceil(tile.vectors()), 1])
+        })
         .collect();
     bench.run(&source, &[&bench.stand.views.read], &runs);
 }
@@ -212,6 +215,7 @@ fn many_vectors_meet_every_layout_of_weights() {
     let cols = 256;
     let mut shape = mixing(cols);
     let (most, mut random) = (66, Random(4));
+    // Tiles of 64, of 16, of 64.
     for (some, tokens) in precisions().chunks(SOME).zip([1, 33, 65]) {
         let matrices = matrices(&mut random, some, cols);
         let rows: usize = matrices.iter().map(Matrix::row_count).sum();

@@ -67,7 +67,9 @@ fn kernels(shape: &Shape, subgroups: bool) -> Vec<(String, String)> {
         }
     }
     for rows in [Rows::Normed, Rows::Mixed, Rows::Gated, Rows::Shared] {
-        all.push((format!("gemm {rows:?}"), many.by_rows(rows, Give::Add, 256)));
+        for tile in [Tile::Short, Tile::Tall] {
+            all.push((format!("gemm {rows:?}"), many.by_rows(rows, Give::Add, 256, tile)));
+        }
     }
     let sizes = (shape.hidden, shape.moe.width);
     for precision in precisions() {
@@ -76,8 +78,10 @@ fn kernels(shape: &Shape, subgroups: bool) -> Vec<(String, String)> {
             let shared = (count == 1).then_some(precision);
             all.push((format!("up {precision:?}"), one.experts_up(&slabs, shape.hidden, 2)));
             all.push((format!("down {precision:?}"), one.experts_down(&slabs, shared, 4608, 2)));
-            all.push((format!("gemm up {precision:?}"), many.gemm_up(&slabs, sizes)));
-            all.push((format!("gemm down {precision:?}"), many.gemm_down(&slabs, sizes)));
+            for tile in [Tile::Short, Tile::Tall] {
+                all.push((format!("gemm up {precision:?}"), many.gemm_up(&slabs, sizes, tile)));
+                all.push((format!("gemm down {precision:?}"), many.gemm_down(&slabs, sizes, tile)));
+            }
         }
     }
     all
