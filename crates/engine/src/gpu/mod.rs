@@ -14,6 +14,7 @@ mod dense;
 mod device;
 mod kernels;
 mod layout;
+mod pipelines;
 mod plan;
 mod slots;
 mod source;
@@ -46,6 +47,7 @@ use dense::{Packing, Part, Segment};
 use device::Device;
 use kernels::{Compiler, Kernels, Views};
 use layout::Layout;
+use pipelines::KeptPipelines;
 use slots::LayerSlots;
 use source::{Lying, Slabs, Sources};
 use step::Ahead;
@@ -119,7 +121,7 @@ impl Gpu {
             &adapter,
             wanted,
         )?;
-        let device = Device::open(&adapter.adapter)?;
+        let (device, kept) = opened(&adapter, wanted)?;
         let sources = Sources {
             declarations: layout.declarations(shape),
             precisions: precisions(weights),
@@ -150,6 +152,7 @@ impl Gpu {
         let head = loader.pack("head", &head, &weights.norm, kernels.project.rows)?;
         let slabs: Vec<Slabs> = distinct.iter().map(|(slabs, _)| slabs.clone()).collect();
         let chunk = Chunk::new(&compiler, of_chunk, &slabs)?;
+        kept.iter().for_each(|kept| kept.save(&device));
         let clock = if wanted.timed { Clock::new(&device)? } else { None };
         let scratch = device.buffer("scratch", layout.bytes())?;
         Ok(Self {
@@ -257,6 +260,14 @@ impl Gpu {
     fn lock(&self) -> MutexGuard<'_, Option<Ahead>> {
         self.busy.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// The device, and the kernels that earlier runs have compiled for it.
+fn opened(adapter: &Adapter, wanted: &GpuOptions) -> Result<(Device, Option<KeptPipelines>)> {
+    let mut device = Device::open(&adapter.adapter)?;
+    let dir = wanted.kernels_dir.as_deref();
+    let kept = dir.and_then(|dir| KeptPipelines::open(dir, &adapter.adapter, &mut device));
+    Ok((device, kept))
 }
 
 /// The ways in which layers' slots lie, each once.

@@ -7,6 +7,7 @@
 
 mod blocks;
 mod experts;
+mod pipelines;
 mod products;
 
 use std::env;
