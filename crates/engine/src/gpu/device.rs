@@ -92,6 +92,7 @@ impl Device {
         let made = self.scoped("compiled kernels", || unsafe {
             self.device.create_pipeline_cache(&descriptor)
         });
+        // Without it kernels are compiled.
         self.pipelines = made.ok();
         self.pipelines.is_some()
     }

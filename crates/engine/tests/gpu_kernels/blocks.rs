@@ -1,4 +1,6 @@
 //! What lies between the matrices: attention, the delta rule, norms, the choice of experts.
+//!
+//! Each against its plain form in f64: a softmax in two passes, the recurrence token by token.
 
 use flash_moe_kernels::f16_to_f32;
 use wgpu::{BindGroup, Buffer};

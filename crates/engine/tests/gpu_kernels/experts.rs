@@ -1,4 +1,6 @@
 //! Experts in their slots, for one token and for many.
+//!
+//! Records lie in an order that is not the experts', and gate, up and down are stored differently.
 
 use wgpu::BindGroup;
 

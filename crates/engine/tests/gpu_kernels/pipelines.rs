@@ -1,4 +1,6 @@
 //! Compiled kernels on disk.
+//!
+//! What one opening of a device leaves the next one reads; what is damaged counts as absent.
 
 use std::fs;
 use std::path::Path;

@@ -1,4 +1,6 @@
 //! Dense matrices in every layout, times one vector and times many.
+//!
+//! Their rows fill no team and their vectors no tile, and what belongs to neither must stay as it was.
 
 use super::super::dense::{Packing, Part, Segment};
 use super::super::layout::BLOCK_MAX;
