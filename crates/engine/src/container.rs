@@ -412,16 +412,8 @@ impl Container {
             true => self.tensor_bytes(&format!("{name}.{suffix}")),
             false => Ok(Block::zeroed(0)),
         };
-        let matrix = Matrix {
-            precision,
-            rows,
-            cols,
-            weight,
-            scales: part("scales")?,
-            biases: part("biases")?,
-        };
-        matrix.try_rows().map_err(|e| self.wrong(name, &e.to_string()))?;
-        Ok(matrix)
+        let parts = [weight, part("scales")?, part("biases")?];
+        Matrix::new(precision, rows, cols, parts).map_err(|e| self.wrong(name, &e.to_string()))
     }
 
     fn info(&self, name: &str) -> Result<&TensorInfo> {
@@ -444,6 +436,21 @@ pub struct Matrix {
 }
 
 impl Matrix {
+    /// `[rows, cols]` from its weights, scales and biases; the last two empty unless affine.
+    ///
+    /// # Errors
+    /// `LayoutError` if the precision has no such rows or a part is not as long as the shape.
+    pub fn new(
+        precision: Precision,
+        rows: usize,
+        cols: usize,
+        [weight, scales, biases]: [Block; 3],
+    ) -> Result<Self, flash_moe_kernels::LayoutError> {
+        let matrix = Self { precision, rows, cols, weight, scales, biases };
+        matrix.try_rows().map(|_| ())?;
+        Ok(matrix)
+    }
+
     /// The matrix as the kernels take it.
     pub fn rows(&self) -> Rows<'_> {
         self.try_rows().expect("a matrix is checked when it is read")

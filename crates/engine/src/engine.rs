@@ -109,7 +109,7 @@ impl Engine {
         check(container.shape(), options)?;
         let budget = Budget::plan(&container, options)?;
         let mut weights = Weights::load(&container)?;
-        let open = |wanted| Gpu::open(&container, &weights, options, wanted);
+        let open = |wanted| Gpu::open(&container, &mut weights, options, wanted);
         let gpu = options.gpu.as_ref().map(open).transpose()?;
         if gpu.is_some() {
             weights.keep_embedding();

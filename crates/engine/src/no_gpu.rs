@@ -53,7 +53,7 @@ impl Gpu {
     ///
     /// # Errors
     /// Always.
-    pub fn open(_: &Container, _: &Weights, _: &Options, _: &GpuOptions) -> Result<Self> {
+    pub fn open(_: &Container, _: &mut Weights, _: &Options, _: &GpuOptions) -> Result<Self> {
         Err(Error::Gpu(NOT_BUILT.into()))
     }
 

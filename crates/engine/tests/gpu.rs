@@ -58,7 +58,8 @@ fn open(options: &Options) -> Arc<Engine> {
 }
 
 fn on(adapter: usize) -> Option<GpuOptions> {
-    Some(GpuOptions { adapter: Some(adapter), memory_bytes: Some(600 << 20), timed: false })
+    let memory_bytes = Some(600 << 20);
+    Some(GpuOptions { adapter: Some(adapter), memory_bytes, ..GpuOptions::default() })
 }
 
 fn token(i: usize) -> TokenId {
@@ -191,11 +192,10 @@ fn what_the_device_cannot_do_is_refused_with_what_can() {
         assert!(said.contains("f32 or f16"), "{said}");
         let said = refusal(&Options { arithmetic: Arithmetic::Fast8, ..options(on(adapter)) });
         assert!(said.contains("int8"), "{said}");
-        let little =
-            GpuOptions { adapter: Some(adapter), memory_bytes: Some(64 << 20), timed: false };
+        let little = GpuOptions { memory_bytes: Some(64 << 20), ..on(adapter).expect("options") };
         let said = refusal(&options(Some(little)));
         assert!(said.contains("--gpu-memory ") && said.contains("dense weights"), "{said}");
-        let beyond = GpuOptions { adapter: Some(99), memory_bytes: None, timed: false };
+        let beyond = GpuOptions { adapter: Some(99), ..GpuOptions::default() };
         let said = refusal(&options(Some(beyond)));
         assert!(said.contains("flash-moe devices"), "{said}");
     }

@@ -4,6 +4,7 @@
 //! out. Nothing here touches a device.
 
 use std::fmt;
+use std::path::PathBuf;
 
 use crate::budget::{Line, gib};
 
@@ -18,6 +19,8 @@ pub struct GpuOptions {
     pub adapter: Option<usize>,
     /// Bytes of video memory to use in all; without it nine tenths of what the adapter has.
     pub memory_bytes: Option<u64>,
+    /// Where compiled kernels are kept from one run to the next; without it they are compiled anew.
+    pub kernels_dir: Option<PathBuf>,
     /// Whether the device's clock times every stage, which costs a few hundredths of the speed.
     pub timed: bool,
 }

@@ -9,9 +9,9 @@ use wgpu::{BindGroup, Buffer, ComputePass, ComputePipeline};
 
 use super::clock::Work;
 use super::dense::bytes_of;
-use super::kernels::{ChunkKernels, Compiler};
-use super::layout::{Layout, grouped, top_k};
-use super::source::{Slabs, Sources};
+use super::kernels::{ChunkKernels, Compiler, Gemm};
+use super::layout::{ATTEND_ROWS, DELTA_TOKENS, Layout, SHORT_PAIRS, short_tiles_at, top_k};
+use super::source::{Slabs, Sources, Tile};
 use super::step::difference;
 use super::timeline::LayerMemory;
 use super::{ChunkInput, Experts, Feeding, Gpu, Layer, Mixing, Part, Timeline, Watch};
@@ -20,8 +20,6 @@ use crate::shape::ExpertId;
 use crate::store::{ExpertStore, Purpose};
 use crate::timing::Stage;
 
-/// Tokens of a tile of an expert's product.
-const TILE_TOKENS: usize = 32;
 /// Bytes of the scratch of a chunk at most: a chunk that needs more is taken in parts.
 const SCRATCH_BYTES_MAX: u64 = 1 << 30;
 
@@ -31,7 +29,7 @@ pub struct Chunk {
     kernels: ChunkKernels,
     scratch: Buffer,
     scratch_group: BindGroup,
-    lists: Buffer, // tiles [.. ][4], token of each pair, place of each token's ranks
+    lists: Buffer, // tall tiles [..][4], short tiles, token of each pair, place of each token's ranks
     lists_group: BindGroup,
     landing: Buffer,
 }
@@ -54,20 +52,47 @@ pub fn layout(
     }
 }
 
-/// A token that goes to an expert: its number times the experts for a token, plus the rank.
-struct Sorted {
-    tiles: Vec<[u32; 4]>,            // expert, first pair, pairs
-    tokens: Vec<u32>,                // of each pair
-    places: Vec<u32>,                // of each token's ranks among the pairs
-    experts: Vec<(ExpertId, usize)>, // those that are used, with the number of their tiles
+/// Tokens and the experts that they go to, in pairs by expert, then token.
+pub(super) struct Sorted {
+    pub(super) tall: Vec<[u32; 4]>,  // expert, first pair, pairs
+    pub(super) short: Vec<[u32; 4]>, // likewise
+    pub(super) tokens: Vec<u32>,     // of each pair
+    pub(super) places: Vec<u32>,     // of each token's ranks among the pairs
+    experts: Vec<Used>,
+}
+
+/// An expert that is used, and the numbers of its tiles.
+struct Used {
+    expert: ExpertId,
+    tall: usize,
+    short: usize,
+}
+
+impl Sorted {
+    /// The tiles of so many pairs of an expert: tall ones while they are more than half full.
+    fn push(&mut self, expert: ExpertId, mut first: usize, mut pairs: usize) {
+        let before = (self.tall.len(), self.short.len());
+        while pairs > 0 {
+            let (tile, tiles) = match pairs > SHORT_PAIRS {
+                true => (Tile::Tall, &mut self.tall),
+                false => (Tile::Short, &mut self.short),
+            };
+            let count = tile.vectors().min(pairs);
+            tiles.push([u32::from(expert.0), first as u32, count as u32, 0]);
+            (first, pairs) = (first + count, pairs - count);
+        }
+        let (tall, short) = (self.tall.len() - before.0, self.short.len() - before.1);
+        self.experts.push(Used { expert, tall, short });
+    }
 }
 
 /// Sorts the choices `[tokens][top_k]` by expert, then token.
-fn sort(chosen: &[ExpertId], top_k: usize) -> Sorted {
+pub(super) fn sort(chosen: &[ExpertId], top_k: usize) -> Sorted {
     let mut order: Vec<usize> = (0..chosen.len()).collect();
     order.sort_by_key(|i| (chosen[*i], *i));
     let mut sorted = Sorted {
-        tiles: Vec::new(),
+        tall: Vec::new(),
+        short: Vec::new(),
         tokens: order.iter().map(|i| (i / top_k) as u32).collect(),
         places: vec![0; chosen.len()],
         experts: Vec::new(),
@@ -77,12 +102,7 @@ fn sort(chosen: &[ExpertId], top_k: usize) -> Sorted {
     }
     let mut first = 0;
     for pairs in order.chunk_by(|a, b| chosen[*a] == chosen[*b]) {
-        let expert = chosen[pairs[0]];
-        for start in (0..pairs.len()).step_by(TILE_TOKENS) {
-            let count = TILE_TOKENS.min(pairs.len() - start);
-            sorted.tiles.push([u32::from(expert.0), (first + start) as u32, count as u32, 0]);
-        }
-        sorted.experts.push((expert, pairs.len().div_ceil(TILE_TOKENS)));
+        sorted.push(chosen[pairs[0]], first, pairs.len());
         first += pairs.len();
     }
     sorted
@@ -116,11 +136,15 @@ impl Chunk {
     }
 }
 
-/// Bytes of the lists at most: a tile holds a pair or more, and every expert may have one that is not
-/// full.
+/// Where tokens of pairs begin in the lists, in words: an expert has two short tiles at most.
+pub(super) fn tokens_at(pairs: usize, experts: usize) -> usize {
+    short_tiles_at(pairs) + 4 * 2 * experts.min(pairs)
+}
+
+/// Bytes of the lists at most.
 pub fn lists_bytes(layout: &Layout, experts: usize) -> u64 {
-    let pairs = layout.at("WEIGHTS_AT") - layout.at("CHOSEN_AT");
-    (4 * (pairs / TILE_TOKENS + experts.min(pairs)) + 2 * pairs) as u64 * 4 + 64
+    let pairs = layout.pairs();
+    (tokens_at(pairs, experts) + 2 * pairs) as u64 * 4
 }
 
 impl Gpu {
@@ -195,17 +219,15 @@ impl Gpu {
         pass.dispatch_workgroups(counts[0] as u32, counts[1] as u32, 1);
     }
 
-    fn gemm(
-        &self,
-        pass: &mut ComputePass,
-        kernel: &ComputePipeline,
-        parts: &[Part],
-        tokens: usize,
-    ) {
+    fn gemm(&self, pass: &mut ComputePass, kernels: &Gemm, parts: &[Part], tokens: usize) {
+        let (kernel, tile) = match tokens > SHORT_PAIRS {
+            true => (&kernels.tall, Tile::Tall),
+            false => (&kernels.short, Tile::Short),
+        };
         pass.set_pipeline(kernel);
         for part in parts {
             pass.set_bind_group(1, &part.group, &[]);
-            pass.dispatch_workgroups(part.tiles, tokens.div_ceil(64) as u32, 1);
+            pass.dispatch_workgroups(part.tiles, tokens.div_ceil(tile.vectors()) as u32, 1);
         }
     }
 
@@ -224,8 +246,9 @@ impl Gpu {
                 pass.dispatch_workgroups((a.heads + a.kv_heads) as u32, tokens as u32, 1);
                 pass.set_pipeline(&kernels.attend);
                 pass.set_bind_group(1, &memory.read, &[]);
-                let groups = a.heads / grouped(&self.shape);
-                pass.dispatch_workgroups(groups as u32, tokens as u32, 1);
+                let rows = tokens * a.heads / a.kv_heads;
+                let blocks = rows.div_ceil(ATTEND_ROWS);
+                pass.dispatch_workgroups(a.kv_heads as u32, blocks as u32, 1);
                 self.gemm(pass, &kernels.out, out, tokens);
             }
             (Mixing::DeltaNet { project, vectors, out }, _, Some(kernels)) => {
@@ -238,6 +261,9 @@ impl Gpu {
                 pass.set_bind_group(2, &memory.read, &[]);
                 let heads = 2 * d.key_heads + d.value_heads;
                 pass.dispatch_workgroups(heads as u32, tokens as u32, 1);
+                pass.set_pipeline(&kernels.pairs);
+                let parts = tokens.div_ceil(DELTA_TOKENS);
+                pass.dispatch_workgroups(d.value_heads as u32, parts as u32, 1);
                 pass.set_pipeline(&kernels.scan);
                 pass.set_bind_group(2, &memory.write, &[]);
                 pass.dispatch_workgroups(d.value_heads as u32, d.value_dim as u32 / 32, 1);
@@ -298,47 +324,67 @@ impl Gpu {
         chosen: &[ExpertId],
         tokens: usize,
     ) -> Result<()> {
-        let k = &self.chunk.kernels;
         let sorted = sort(chosen, self.top_k);
-        let tokens_at = sorted.tiles.len() * 4;
+        let tokens_at = tokens_at(self.chunk.layout.pairs(), self.shape.moe.experts);
         let places_at = tokens_at + sorted.tokens.len();
         let at = self.chunk.layout.at("TOKEN_AT") as u64 * 4 + 8;
         let numbers = [places_at as u32, tokens_at as u32];
         self.device.write(&self.chunk.scratch, at, bytemuck::cast_slice(&numbers));
-        let (list, places) = (tokens_at as u64 * 4, places_at as u64 * 4);
-        self.device.write(&self.chunk.lists, list, bytemuck::cast_slice(&sorted.tokens));
-        self.device.write(&self.chunk.lists, places, bytemuck::cast_slice(&sorted.places));
-        let (mut rest, mut tiles) = (&sorted.experts[..], &sorted.tiles[..]);
-        while !rest.is_empty() {
-            let (wave, after) = rest.split_at(rest.len().min(self.budget.slots_each));
-            let count = wave.iter().map(|(_, tiles)| tiles).sum();
-            let (now, later) = tiles.split_at(count);
-            let ids: Vec<ExpertId> = wave.iter().map(|(expert, _)| *expert).collect();
+        self.list(tokens_at, &sorted.tokens);
+        self.list(places_at, &sorted.places);
+        let (mut tall, mut short) = (&sorted.tall[..], &sorted.short[..]);
+        for wave in sorted.experts.chunks(self.budget.slots_each) {
+            let ids: Vec<ExpertId> = wave.iter().map(|used| used.expert).collect();
             self.bring(store, experts, &ids, Purpose::Scan)?;
-            self.device.write(&self.chunk.lists, 0, bytemuck::cast_slice(now));
+            let (talls, talls_later) = tall.split_at(wave.iter().map(|used| used.tall).sum());
+            let (shorts, shorts_later) = short.split_at(wave.iter().map(|used| used.short).sum());
+            (tall, short) = (talls_later, shorts_later);
             let mut work = self.chunk_work();
-            let kernels = &k.experts[experts.kernels];
-            let bytes =
-                wave.len() * self.kernels.experts[experts.kernels].slabs.layout.record_bytes();
-            let pass = work.stage(Stage::Experts, bytes as u64);
-            pass.set_bind_group(1, &experts.slots.group, &[]);
-            pass.set_bind_group(2, &self.chunk.lists_group, &[]);
-            pass.set_pipeline(&kernels.up);
-            pass.dispatch_workgroups(self.shape.moe.width.div_ceil(64) as u32, count as u32, 1);
-            pass.set_pipeline(&kernels.down);
-            pass.dispatch_workgroups(self.shape.hidden.div_ceil(64) as u32, count as u32, 1);
-            if after.is_empty() {
-                pass.set_pipeline(&k.join);
-                pass.set_bind_group(1, &self.chunk.lists_group, &[]);
-                pass.dispatch_workgroups(tokens as u32, 1, 1);
-                if let (Some(shared), Some(kernel)) = (&experts.shared, &k.shared_down) {
-                    self.gemm(pass, kernel, std::slice::from_ref(shared), tokens);
-                }
+            self.wave(&mut work, experts, wave.len(), [talls, shorts]);
+            if tall.is_empty() && short.is_empty() {
+                self.join(&mut work, experts, tokens);
             }
             self.device.submit(work.done());
-            (rest, tiles) = (after, later);
         }
         self.device.check()
+    }
+
+    /// A part of the lists.
+    fn list(&self, at: usize, words: &[u32]) {
+        self.device.write(&self.chunk.lists, at as u64 * 4, bytemuck::cast_slice(words));
+    }
+
+    /// The products of experts that are in their slots: tall tiles, then short ones.
+    fn wave(&self, work: &mut Work, experts: &Experts, used: usize, tiles: [&[[u32; 4]]; 2]) {
+        let kernels = &self.chunk.kernels.experts[experts.kernels];
+        let pairs = self.chunk.layout.pairs();
+        self.list(0, tiles[0].as_flattened());
+        self.list(short_tiles_at(pairs), tiles[1].as_flattened());
+        let record = self.kernels.experts[experts.kernels].slabs.layout.record_bytes();
+        let pass = work.stage(Stage::Experts, (used * record) as u64);
+        pass.set_bind_group(1, &experts.slots.group, &[]);
+        pass.set_bind_group(2, &self.chunk.lists_group, &[]);
+        let rows = [self.shape.moe.width, self.shape.hidden];
+        for (gemm, rows) in [&kernels.up, &kernels.down].into_iter().zip(rows) {
+            for (kernel, tiles) in [&gemm.tall, &gemm.short].into_iter().zip(tiles) {
+                if !tiles.is_empty() {
+                    pass.set_pipeline(kernel);
+                    pass.dispatch_workgroups(rows.div_ceil(64) as u32, tiles.len() as u32, 1);
+                }
+            }
+        }
+    }
+
+    /// The sum of each token's experts, and the shared one.
+    fn join(&self, work: &mut Work, experts: &Experts, tokens: usize) {
+        let k = &self.chunk.kernels;
+        let pass = work.stage(Stage::Experts, 0);
+        pass.set_pipeline(&k.join);
+        pass.set_bind_group(1, &self.chunk.lists_group, &[]);
+        pass.dispatch_workgroups(tokens as u32, 1, 1);
+        if let (Some(shared), Some(kernel)) = (&experts.shared, &k.shared_down) {
+            self.gemm(pass, kernel, std::slice::from_ref(shared), tokens);
+        }
     }
 
     fn look_rows(&self, name: &str, words: usize) -> Result<Vec<f32>> {
@@ -369,12 +415,31 @@ mod tests {
     fn pairs_are_sorted_by_expert_and_found_again() {
         let chosen = [5, 2, 2, 0, 5, 7].map(ExpertId);
         let sorted = sort(&chosen, 2);
-        assert_eq!(sorted.tiles, [[0, 0, 1, 0], [2, 1, 2, 0], [5, 3, 2, 0], [7, 5, 1, 0]]);
+        assert_eq!(sorted.short, [[0, 0, 1, 0], [2, 1, 2, 0], [5, 3, 2, 0], [7, 5, 1, 0]]);
+        assert!(sorted.tall.is_empty());
         assert_eq!(sorted.tokens, [1, 0, 1, 0, 2, 2]);
         assert_eq!(sorted.places, [3, 1, 2, 0, 4, 5]);
         assert_eq!(sorted.experts.len(), 4);
-        let many = sort(&[ExpertId(1); 70], 1);
-        let tiles: Vec<[u32; 2]> = many.tiles.iter().map(|t| [t[1], t[2]]).collect();
-        assert_eq!(tiles, [[0, 32], [32, 32], [64, 6]]);
+    }
+
+    #[test]
+    fn tiles_cover_the_pairs_of_an_expert_and_fit_the_lists() {
+        let cut = |pairs: usize| {
+            let sorted = sort(&vec![ExpertId(1); pairs], 1);
+            let counts = |tiles: &[[u32; 4]]| tiles.iter().map(|t| t[2]).collect::<Vec<u32>>();
+            let mut all = [&sorted.tall[..], &sorted.short].concat();
+            all.sort_unstable_by_key(|tile| tile[1]);
+            for (tile, next) in all.iter().zip(&all[1..]) {
+                assert_eq!(tile[1] + tile[2], next[1]);
+            }
+            assert_eq!(all[all.len() - 1][1..3].iter().sum::<u32>(), pairs as u32);
+            assert!(4 * sorted.tall.len() <= short_tiles_at(pairs));
+            assert!(short_tiles_at(pairs) + 4 * sorted.short.len() <= tokens_at(pairs, 1));
+            (counts(&sorted.tall), counts(&sorted.short))
+        };
+        assert_eq!(cut(70), (vec![64], vec![6]));
+        assert_eq!(cut(32), (vec![], vec![16, 16]));
+        assert_eq!(cut(33), (vec![33], vec![]));
+        (1..300).for_each(|pairs| drop(cut(pairs)));
     }
 }

@@ -6,7 +6,7 @@
 
 use std::ops::Range;
 
-use wgpu::{BindGroup, BindGroupLayout};
+use wgpu::{BindGroup, BindGroupLayout, Buffer};
 
 use super::device::Device;
 use super::layout::{HEADER_VECTORS, SEGMENTS_MAX};
@@ -118,8 +118,9 @@ impl Packing<'_> {
     ) -> Result<Part> {
         let mut header = [0u32; HEADER_VECTORS * 4];
         header[0] = pieces.len() as u32;
-        let mut contents = vec![0u8; HEADER_VECTORS * 16];
-        append(&mut contents, bytemuck::cast_slice(&in_staged_order(vector)));
+        let vector = in_staged_order(vector);
+        let mut contents = Contents { bytes: HEADER_VECTORS * 16, writes: Vec::new() };
+        contents.append(bytemuck::cast_slice(&vector));
         let (mut workgroups, mut tiles) = (0, 0);
         for (piece, head) in pieces.iter().zip(header[4..].chunks_exact_mut(12)) {
             let (precision, cols) = (piece.matrix.precision(), piece.matrix.cols());
@@ -128,9 +129,9 @@ impl Packing<'_> {
             let [weight, scales, biases] = piece.matrix.parts();
             let of = |bytes, stride| part_of(bytes, &piece.rows, stride);
             let places = [
-                append(&mut contents, of(weight, strides[0])) / 4,
-                append(&mut contents, of(scales, strides[1])) / scale_bytes(precision),
-                append(&mut contents, of(biases, strides[1])) / scale_bytes(precision),
+                contents.append(of(weight, strides[0])) / 4,
+                contents.append(of(scales, strides[1])) / scale_bytes(precision),
+                contents.append(of(biases, strides[1])) / scale_bytes(precision),
             ];
             let code = self.precisions.iter().position(|p| *p == precision);
             let code = code.expect("every layout of the model is listed");
@@ -146,10 +147,11 @@ impl Packing<'_> {
             tiles += count.div_ceil(TILE_ROWS);
         }
         header[1] = workgroups as u32;
-        contents[..HEADER_VECTORS * 16].copy_from_slice(bytemuck::cast_slice(&header));
-        let buffer = device.filled(name, &contents)?;
+        let bytes = contents.bytes as u64;
+        let buffer = device.buffer(name, bytes)?;
+        device.write_all(&buffer, 0, bytemuck::cast_slice(&header))?;
+        contents.upload(device, &buffer)?;
         let group = device.group(self.view, &[&buffer])?;
-        let bytes = contents.len() as u64;
         let workgroups = workgroups.min(WORKGROUPS_MAX);
         Ok(Part { group, workgroups: workgroups as u32, tiles: tiles as u32, bytes })
     }
@@ -188,11 +190,35 @@ fn part_of<'a>(bytes: &'a [u8], rows: &Range<usize>, stride: usize) -> &'a [u8] 
     &bytes[rows.start * stride..rows.end * stride]
 }
 
-/// Appends at the next multiple of 16 and gives where that is.
-fn append(contents: &mut Vec<u8>, bytes: &[u8]) -> usize {
-    contents.resize(contents.len().next_multiple_of(16), 0);
-    let at = contents.len();
-    contents.extend_from_slice(bytes);
-    contents.resize(contents.len().next_multiple_of(16), 0);
-    at
+/// What a buffer is to hold behind its header, where the weights lie already.
+struct Contents<'a> {
+    bytes: usize,
+    writes: Vec<(usize, &'a [u8])>,
+}
+
+impl<'a> Contents<'a> {
+    /// Adds bytes at the next multiple of 16 and gives where that is.
+    fn append(&mut self, bytes: &'a [u8]) -> usize {
+        let at = self.bytes;
+        self.writes.push((at, bytes));
+        self.bytes = (at + bytes.len()).next_multiple_of(16);
+        at
+    }
+
+    /// Writes all of it, never more at once than the device stages.
+    fn upload(&self, device: &Device, buffer: &Buffer) -> Result<()> {
+        for (at, bytes) in &self.writes {
+            // A copy has whole words: the last scale of an odd number has one of its own.
+            let (words, rest) = bytes.split_at(bytes.len() & !3);
+            let mut last = [0; 4];
+            last[..rest.len()].copy_from_slice(rest);
+            if !words.is_empty() {
+                device.write_all(buffer, *at as u64, words)?;
+            }
+            if !rest.is_empty() {
+                device.write_all(buffer, (at + words.len()) as u64, &last)?;
+            }
+        }
+        Ok(())
+    }
 }

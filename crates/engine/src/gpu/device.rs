@@ -28,6 +28,7 @@ pub struct Device {
     device: wgpu::Device,
     queue: wgpu::Queue,
     failure: Arc<Mutex<Option<String>>>,
+    pipelines: Option<wgpu::PipelineCache>,
     /// Whether lanes of a team are lanes of one subgroup.
     pub subgroups: bool,
 }
@@ -50,7 +51,9 @@ impl Device {
         let info = adapter.get_info();
         let has_subgroups = adapter.features().contains(wgpu::Features::SUBGROUP);
         let subgroups = has_subgroups && info.subgroup_min_size >= TEAM;
-        let wanted = wgpu::Features::SUBGROUP | wgpu::Features::TIMESTAMP_QUERY;
+        let wanted = wgpu::Features::SUBGROUP
+            | wgpu::Features::TIMESTAMP_QUERY
+            | wgpu::Features::PIPELINE_CACHE;
         let descriptor = wgpu::DeviceDescriptor {
             required_features: adapter.features() & wanted,
             required_limits: adapter.limits(),
@@ -73,7 +76,30 @@ impl Device {
         device.set_device_lost_callback(move |reason, message| {
             kept(format!("the device is lost ({reason:?}: {message}); start again"));
         });
-        Ok(Self { device, queue, failure, subgroups })
+        Ok(Self { device, queue, failure, pipelines: None, subgroups })
+    }
+
+    /// Compiles from here on with what an earlier run has left, as [`Device::pipelines`] gave it then, and
+    /// keeps what is compiled; whether the device can.
+    pub fn keep_pipelines(&mut self, earlier: Option<&[u8]>) -> bool {
+        if !self.device.features().contains(wgpu::Features::PIPELINE_CACHE) {
+            return false;
+        }
+        let descriptor =
+            wgpu::PipelineCacheDescriptor { label: None, data: earlier, fallback: true };
+        // SAFETY: the bytes are `pipelines`' own: `KeptPipelines` alone calls this, writes nothing else to
+        // its file and takes nothing whose checksum is another. wgpu refuses those of another adapter.
+        let made = self.scoped("compiled kernels", || unsafe {
+            self.device.create_pipeline_cache(&descriptor)
+        });
+        // Without it kernels are compiled.
+        self.pipelines = made.ok();
+        self.pipelines.is_some()
+    }
+
+    /// What was compiled since [`Device::keep_pipelines`] and what there was before.
+    pub fn pipelines(&self) -> Option<Vec<u8>> {
+        self.pipelines.as_ref()?.get_data()
     }
 
     /// What went wrong since it was opened, if anything did.
@@ -292,7 +318,7 @@ impl Device {
                     zero_initialize_workgroup_memory: false,
                     ..Default::default()
                 },
-                cache: None,
+                cache: self.pipelines.as_ref(),
             })
         })
     }

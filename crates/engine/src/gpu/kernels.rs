@@ -6,7 +6,7 @@
 use wgpu::{BindGroupLayout, ComputePipeline};
 
 use super::device::{Access, Device};
-use super::source::{Give, Input, Lying, Rows, Slabs, Sources};
+use super::source::{Give, Input, Lying, Rows, Slabs, Sources, Tile};
 use crate::container::Precision;
 use crate::error::Result;
 use crate::shape::{FeedForward, Mix, Shape};
@@ -85,38 +85,45 @@ pub struct Kernels {
     pub dense_down: Option<MatVec>,
 }
 
+/// A product with many vectors, in tiles of both heights.
+pub struct Gemm {
+    pub short: ComputePipeline,
+    pub tall: ComputePipeline,
+}
+
 /// Kernels of a chunk's layers that have attention.
 pub struct AttentionChunk {
     pub turn: ComputePipeline,
     pub attend: ComputePipeline,
-    pub out: ComputePipeline,
+    pub out: Gemm,
 }
 
 /// Kernels of a chunk's layers that have the delta rule.
 pub struct DeltaChunk {
     pub rows: ComputePipeline,
+    pub pairs: ComputePipeline,
     pub scan: ComputePipeline,
     pub heads: ComputePipeline,
-    pub out: ComputePipeline,
+    pub out: Gemm,
 }
 
 /// Kernels of a chunk's experts that lie so.
 pub struct ExpertChunk {
-    pub up: ComputePipeline,
-    pub down: ComputePipeline,
+    pub up: Gemm,
+    pub down: Gemm,
 }
 
 /// All kernels of a chunk.
 pub struct ChunkKernels {
     pub norm: ComputePipeline,
-    pub project: ComputePipeline,
+    pub project: Gemm,
     pub attention: Option<AttentionChunk>,
     pub delta: Option<DeltaChunk>,
     pub choose: ComputePipeline,
     pub experts: Vec<ExpertChunk>,
     pub join: ComputePipeline,
-    pub shared_down: Option<ComputePipeline>,
-    pub dense_down: Option<ComputePipeline>,
+    pub shared_down: Option<Gemm>,
+    pub dense_down: Option<Gemm>,
 }
 
 /// Rows of a team where the kernel has so many in all.
@@ -171,7 +178,7 @@ impl Compiler<'_> {
     fn attention(&self) -> Result<AttentionKernels> {
         let (v, a) = (self.views, &self.shape.attention);
         let turn = self.sources.turn(self.halves);
-        let attend = self.sources.attend(self.halves, false);
+        let attend = self.sources.attend(self.halves);
         let cols = a.heads * a.head_dim;
         Ok(AttentionKernels {
             turn: self.device.kernel("turn", &turn, &[&v.scratch, &v.read, &v.write])?,
@@ -221,10 +228,7 @@ impl Compiler<'_> {
     pub fn chunk(&self, sources: &Sources, slabs: &[Slabs]) -> Result<ChunkKernels> {
         let (shape, v) = (self.shape, self.views);
         let has_dense = shape.layers.iter().any(|l| l.feed_forward == FeedForward::Dense);
-        let gemm = |rows, give, cols| {
-            let source = sources.by_rows(rows, give, cols);
-            self.device.kernel(&format!("gemm {rows:?}"), &source, &[&v.scratch, &v.read])
-        };
+        let gemm = |rows, give, cols| self.gemm(sources, rows, give, cols);
         let shared = shape.moe.shared_width;
         Ok(ChunkKernels {
             norm: self.device.kernel("norm", &sources.norm_rows(), &[&v.scratch, &v.read])?,
@@ -245,14 +249,30 @@ impl Compiler<'_> {
         })
     }
 
+    fn gemm(&self, sources: &Sources, rows: Rows, give: Give, cols: usize) -> Result<Gemm> {
+        let groups = [&self.views.scratch, &self.views.read];
+        let source = |tile| sources.by_rows(rows, give, cols, tile);
+        self.tiles(&format!("gemm {rows:?}"), &source, &groups)
+    }
+
+    fn tiles(
+        &self,
+        name: &str,
+        source: &dyn Fn(Tile) -> String,
+        groups: &[&BindGroupLayout],
+    ) -> Result<Gemm> {
+        let kernel = |tile| self.device.kernel(name, &source(tile), groups);
+        Ok(Gemm { short: kernel(Tile::Short)?, tall: kernel(Tile::Tall)? })
+    }
+
     fn attention_chunk(&self, sources: &Sources) -> Result<AttentionChunk> {
         let (v, a) = (self.views, &self.shape.attention);
-        let out = sources.by_rows(Rows::Mixed, Give::Add, a.heads * a.head_dim);
-        let (turn, attend) = (sources.turn(self.halves), sources.attend(self.halves, true));
+        let turn = sources.turn(self.halves);
+        let attend = sources.attend_rows(self.halves, a.head_dim);
         Ok(AttentionChunk {
             turn: self.device.kernel("turn", &turn, &[&v.scratch, &v.read, &v.write])?,
             attend: self.device.kernel("attend", &attend, &[&v.scratch, &v.read])?,
-            out: self.device.kernel("gemm out", &out, &[&v.scratch, &v.read])?,
+            out: self.gemm(sources, Rows::Mixed, Give::Add, a.heads * a.head_dim)?,
         })
     }
 
@@ -260,25 +280,26 @@ impl Compiler<'_> {
         let v = self.views;
         let d =
             self.shape.delta.as_ref().expect("a shape with delta-net layers has their dimensions");
-        let out = sources.by_rows(Rows::Mixed, Give::Add, d.value_width());
         let kernel = |name, source: &str, groups: &[&BindGroupLayout]| {
             self.device.kernel(name, source, groups)
         };
         Ok(DeltaChunk {
             rows: kernel("delta rows", &sources.delta_rows(), &[&v.scratch, &v.read, &v.read])?,
+            pairs: kernel("delta pairs", &sources.delta_pairs(), &[&v.scratch, &v.read])?,
             scan: kernel("delta scan", &sources.delta_scan(), &[&v.scratch, &v.read, &v.write])?,
             heads: kernel("heads", &sources.heads_rows(), &[&v.scratch, &v.read])?,
-            out: kernel("gemm out", &out, &[&v.scratch, &v.read])?,
+            out: self.gemm(sources, Rows::Mixed, Give::Add, d.value_width())?,
         })
     }
 
     fn experts_chunk(&self, sources: &Sources, slabs: &Slabs) -> Result<ExpertChunk> {
         let (v, sizes) = (self.views, (self.shape.hidden, self.shape.moe.width));
         let groups = [&v.scratch, &v.slots[slabs.slabs - 1], &v.read];
-        let (up, down) = (sources.gemm_up(slabs, sizes), sources.gemm_down(slabs, sizes));
+        let up = |tile| sources.gemm_up(slabs, sizes, tile);
+        let down = |tile| sources.gemm_down(slabs, sizes, tile);
         Ok(ExpertChunk {
-            up: self.device.kernel("gemm experts up", &up, &groups)?,
-            down: self.device.kernel("gemm experts down", &down, &groups)?,
+            up: self.tiles("gemm experts up", &up, &groups)?,
+            down: self.tiles("gemm experts down", &down, &groups)?,
         })
     }
 }

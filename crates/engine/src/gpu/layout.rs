@@ -16,12 +16,22 @@ const GROUPED_MAX: usize = 8;
 pub const HEADER_VECTORS: usize = 16;
 /// Segments that the header holds.
 pub const SEGMENTS_MAX: usize = (HEADER_VECTORS - 1) / 3;
+/// Rows, one head of one token each, that a workgroup attends for in a chunk.
+pub const ATTEND_ROWS: usize = 64;
+/// Pairs of an expert that are taken in short tiles at most: two of these cost as much as a tall one
+/// that is half full.
+pub const SHORT_PAIRS: usize = 32;
+/// Tokens that the delta rule takes together.
+pub const DELTA_TOKENS: usize = 32;
+/// Words of what such tokens are to each other, for one head: two squares, and the fades on both sides.
+const PAIRS_WORDS: usize = 2 * DELTA_TOKENS * DELTA_TOKENS + 2 * DELTA_TOKENS;
 /// Words that tell a token's kernels about it.
 const TOKEN_WORDS: usize = 4;
 
 /// The scratch of one token or of a chunk, and the constants.
 pub struct Layout {
     rows: usize,
+    pairs: usize,
     names: Vec<(&'static str, usize)>,
     places: Vec<(&'static str, usize)>,
     words: usize,
@@ -41,7 +51,8 @@ pub fn grouped(shape: &Shape) -> usize {
 impl Layout {
     /// That of so many tokens at once, with so many experts each.
     pub fn new(shape: &Shape, top_k: usize, rows: usize) -> Self {
-        let mut layout = Self { rows, names: Vec::new(), places: Vec::new(), words: 0 };
+        let mut layout =
+            Self { rows, pairs: rows * top_k, names: Vec::new(), places: Vec::new(), words: 0 };
         layout.constants(shape, top_k);
         layout.rows(shape, top_k);
         match rows {
@@ -54,6 +65,11 @@ impl Layout {
     /// Tokens at once.
     pub fn tokens(&self) -> usize {
         self.rows
+    }
+
+    /// Pairs of a token and an expert.
+    pub fn pairs(&self) -> usize {
+        self.pairs
     }
 
     /// Where a part begins, in words.
@@ -111,8 +127,12 @@ impl Layout {
                 ("VALUE_DIM", d.value_dim),
                 ("VALUE_BLOCKS", d.value_dim / 32),
                 ("CHANNELS", d.conv_channels()),
+                ("DELTA_TOKENS", DELTA_TOKENS),
+                ("PAIRS_WORDS", PAIRS_WORDS),
                 ("HISTORY_AT", d.value_heads * d.key_dim * d.value_dim),
             ]);
+            let [step, pooled] = delta_steps(d.key_dim);
+            self.names.extend([("STEP", step), ("POOLED", pooled)]);
         }
     }
 
@@ -158,10 +178,29 @@ impl Layout {
     }
 
     fn chunk(&mut self, shape: &Shape, top_k: usize) {
-        let channels = shape.delta.as_ref().map_or(0, DeltaNet::conv_channels);
-        self.place("CONVOLVED_AT", self.rows * channels);
+        if let Some(d) = &shape.delta {
+            let parts = self.rows.div_ceil(DELTA_TOKENS) * d.value_heads;
+            self.place("CONVOLVED_AT", self.rows * d.conv_channels());
+            self.place("PAIRS_AT", parts * PAIRS_WORDS);
+        }
         self.place("OUTPUT_AT", self.rows * top_k * shape.hidden);
+        self.names.push(("SHORT_TILES_AT", short_tiles_at(self.pairs)));
     }
+}
+
+/// Tokens whose keys and queries are multiplied with the state at a time, and keys that are added to it
+/// at a time: what 16 KiB of workgroup memory hold.
+fn delta_steps(key_dim: usize) -> [usize; 2] {
+    let fours = 8 * key_dim.div_ceil(32);
+    let step = if key_dim > 128 { 2 } else { 4 };
+    let pooled = step / 2 * 256 / fours;
+    [step, (1 << pooled.ilog2()).min(DELTA_TOKENS)]
+}
+
+/// Where the short tiles of experts' products begin in their list, in words, for so many pairs of a token
+/// and an expert: behind the tall ones, each of which has more than [`SHORT_PAIRS`].
+pub fn short_tiles_at(pairs: usize) -> usize {
+    4 * (pairs / (SHORT_PAIRS + 1))
 }
 
 fn query_stride(shape: &Shape) -> usize {

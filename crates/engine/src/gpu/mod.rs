@@ -14,6 +14,7 @@ mod dense;
 mod device;
 mod kernels;
 mod layout;
+mod pipelines;
 mod plan;
 mod slots;
 mod source;
@@ -46,6 +47,7 @@ use dense::{Packing, Part, Segment};
 use device::Device;
 use kernels::{Compiler, Kernels, Views};
 use layout::Layout;
+use pipelines::KeptPipelines;
 use slots::LayerSlots;
 use source::{Lying, Slabs, Sources};
 use step::Ahead;
@@ -96,15 +98,15 @@ struct Experts {
 }
 
 impl Gpu {
-    /// Plans the video memory, then brings the dense weights there and compiles the kernels. Experts
-    /// follow with [`Gpu::fill`] or when a token asks for them.
+    /// Plans the video memory, compiles the kernels and brings the dense weights there: each layer leaves
+    /// `weights` when it is on the device. Experts follow with [`Gpu::fill`] or when a token asks for them.
     ///
     /// # Errors
     /// No such adapter; a format that the kernels do not take; a plan above the limit, as a table; the
     /// driver refuses.
     pub fn open(
         container: &Container,
-        weights: &Weights,
+        weights: &mut Weights,
         options: &Options,
         wanted: &GpuOptions,
     ) -> Result<Self> {
@@ -119,7 +121,7 @@ impl Gpu {
             &adapter,
             wanted,
         )?;
-        let device = Device::open(&adapter.adapter)?;
+        let (device, kept) = opened(&adapter, wanted)?;
         let sources = Sources {
             declarations: layout.declarations(shape),
             precisions: precisions(weights),
@@ -145,11 +147,11 @@ impl Gpu {
             },
             slots: budget.slots_each,
         };
-        let layers = loader.layers(weights, &each)?;
-        let head = [Segment { matrix: weights.head(), to: layout.at("LOGITS_AT"), chunk_to: 0 }];
-        let head = loader.pack("head", &head, &weights.norm, kernels.project.rows)?;
+        let layers = loader.layers(std::mem::take(&mut weights.layers), &each)?;
+        let head = loader.head(weights)?;
         let slabs: Vec<Slabs> = distinct.iter().map(|(slabs, _)| slabs.clone()).collect();
         let chunk = Chunk::new(&compiler, of_chunk, &slabs)?;
+        kept.iter().for_each(|kept| kept.save(&device));
         let clock = if wanted.timed { Clock::new(&device)? } else { None };
         let scratch = device.buffer("scratch", layout.bytes())?;
         Ok(Self {
@@ -259,6 +261,14 @@ impl Gpu {
     }
 }
 
+/// The device, and the kernels that earlier runs have compiled for it.
+fn opened(adapter: &Adapter, wanted: &GpuOptions) -> Result<(Device, Option<KeptPipelines>)> {
+    let mut device = Device::open(&adapter.adapter)?;
+    let dir = wanted.kernels_dir.as_deref();
+    let kept = dir.and_then(|dir| KeptPipelines::open(dir, &adapter.adapter, &mut device));
+    Ok((device, kept))
+}
+
 /// The ways in which layers' slots lie, each once.
 fn distinct(layers: &[Option<Lying>]) -> Vec<Lying> {
     let mut distinct: Vec<Lying> = Vec::new();
@@ -352,13 +362,14 @@ struct Loader<'a> {
 }
 
 impl Loader<'_> {
-    fn layers(&self, weights: &Weights, slots: &[Option<Lying>]) -> Result<Vec<Layer>> {
-        let layers = weights.layers.iter().zip(slots).zip(0u16..);
-        let load = |((layer, slots), id): ((&LayerWeights, &Option<_>), u16)| {
+    /// All layers; the memory of each is given up before the next one is brought.
+    fn layers(&self, layers: Vec<LayerWeights>, slots: &[Option<Lying>]) -> Result<Vec<Layer>> {
+        let layers = layers.into_iter().zip(slots).zip(0u16..);
+        let load = |((layer, slots), id): ((LayerWeights, &Option<_>), u16)| {
             Ok(Layer {
                 mix: match &layer.mix {
-                    MixWeights::Attention(w) => self.attention(layer, w)?,
-                    MixWeights::DeltaNet(w) => self.delta_net(layer, w)?,
+                    MixWeights::Attention(w) => self.attention(&layer, w)?,
+                    MixWeights::DeltaNet(w) => self.delta_net(&layer, w)?,
                 },
                 feed_forward: match (&layer.feed_forward, slots) {
                     (FeedForwardWeights::Experts(w), Some(slots)) => {
@@ -390,6 +401,12 @@ impl Loader<'_> {
             })
         };
         layers.map(load).collect()
+    }
+
+    fn head(&self, weights: &Weights) -> Result<Vec<Part>> {
+        let to = self.layouts[0].at("LOGITS_AT");
+        let head = [Segment { matrix: weights.head(), to, chunk_to: 0 }];
+        self.pack("head", &head, &weights.norm, self.kernels.project.rows)
     }
 
     fn pack(
@@ -494,3 +511,7 @@ fn one(mut parts: Vec<Part>) -> Result<Option<Part>> {
         )),
     }
 }
+
+#[cfg(test)]
+#[path = "../../tests/gpu_kernels/mod.rs"]
+mod kernel_tests;

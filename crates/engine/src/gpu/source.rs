@@ -50,6 +50,28 @@ pub enum Rows {
     Shared,
 }
 
+/// Vectors of a tile of a product with many.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Tile {
+    /// 16.
+    Short,
+    /// 64.
+    Tall,
+}
+
+impl Tile {
+    /// The vectors.
+    pub fn vectors(self) -> usize {
+        match self {
+            Self::Short => 16,
+            Self::Tall => 64,
+        }
+    }
+}
+
+/// A matrix of an expert's record: its place's name, and how it is stored.
+type OfRecord = (&'static str, Precision);
+
 /// Where kernels are put together.
 pub struct Sources {
     /// The model's constants.
@@ -140,16 +162,25 @@ fn each(source: &str, precisions: &[Precision], one: fn(&str, Precision) -> Stri
 
 /// Writes `//ROW` lines once for each row.
 fn with_rows(text: &str, rows: usize) -> String {
+    repeated(text, ("//ROW ", "$r"), rows).replace("ROWSu", &format!("{rows}u"))
+}
+
+/// Writes runs of lines that begin with a mark so many times, with the number in the place of a name.
+fn repeated(text: &str, (mark, name): (&str, &str), count: usize) -> String {
     let mut out = String::new();
-    for line in text.lines() {
-        match line.trim_start().strip_prefix("//ROW ") {
-            Some(line) => {
-                (0..rows).for_each(|r| out += &(line.replace("$r", &r.to_string()) + "\n"));
+    let lines: Vec<&str> = text.lines().collect();
+    for run in
+        lines.chunk_by(|a, b| a.trim_start().starts_with(mark) == b.trim_start().starts_with(mark))
+    {
+        let marked = run[0].trim_start().starts_with(mark);
+        for number in 0..if marked { count } else { 1 } {
+            for line in run {
+                let line = line.trim_start().strip_prefix(mark).unwrap_or(line);
+                out += &(line.replace(name, &number.to_string()) + "\n");
             }
-            None => out += &(line.to_string() + "\n"),
         }
     }
-    out.replace("ROWSu", &format!("{rows}u"))
+    out
 }
 
 fn given(give: Give) -> &'static str {
@@ -157,6 +188,24 @@ fn given(give: Give) -> &'static str {
         Give::Store => text!("give_store"),
         Give::Add => text!("give_add"),
     }
+}
+
+/// How keys and values are read.
+fn kept(halves: bool) -> &'static str {
+    match halves {
+        true => text!("kv_f16"),
+        false => text!("kv_f32"),
+    }
+}
+
+/// The sizes of an expert's matrices: columns, rows.
+fn sizes(cols: usize, rows: usize) -> String {
+    constant("COLS", cols) + &constant("OUT_ROWS", rows)
+}
+
+/// What multiplies tiles of so many matrices.
+fn tiled(tile: Tile, matrices: usize) -> String {
+    constant("TILE", tile.vectors()) + &constant("MATRICES", matrices) + text!("gemm_tile")
 }
 
 fn constant(name: &str, value: usize) -> String {
@@ -219,14 +268,15 @@ impl Sources {
         self.head() + keep + text!("turn")
     }
 
-    /// Attention over parts of the context, or of a chunk's tokens over the whole of it.
-    pub fn attend(&self, halves: bool, chunk: bool) -> String {
-        let kept = match halves {
-            true => text!("kv_f16"),
-            false => text!("kv_f32"),
-        };
-        let main = if chunk { text!("attend_rows") } else { text!("attend_parts") };
-        self.head() + self.team() + kept + text!("attend") + main
+    /// Attention of a token over parts of the context.
+    pub fn attend(&self, halves: bool) -> String {
+        self.head() + self.team() + kept(halves) + text!("attend") + text!("attend_parts")
+    }
+
+    /// Attention of a chunk's tokens over all that they see.
+    pub fn attend_rows(&self, halves: bool, head_dim: usize) -> String {
+        let slices = head_dim.div_ceil(32);
+        self.head() + kept(halves) + &repeated(text!("attend_rows"), ("//SLICE ", "$s"), slices)
     }
 
     /// The parts joined.
@@ -234,8 +284,8 @@ impl Sources {
         self.head() + text!("combine")
     }
 
-    /// Matrices of `cols` columns times many vectors.
-    pub fn by_rows(&self, rows: Rows, give: Give, cols: usize) -> String {
+    /// Matrices of `cols` columns times many vectors, in tiles.
+    pub fn by_rows(&self, rows: Rows, give: Give, cols: usize, tile: Tile) -> String {
         let input = match rows {
             Rows::Normed => text!("rows_normed"),
             Rows::Mixed => text!("rows_mixed"),
@@ -243,12 +293,13 @@ impl Sources {
             Rows::Shared => text!("rows_shared"),
         };
         let main = text!("gemm").replace("//FORMATS", &self.cases(text!("gemm_format")));
-        let parts: [&str; 7] = [
+        let parts: [&str; 8] = [
             &self.head(),
             &constant("COLS", cols),
             text!("dense"),
             input,
             given(give),
+            &tiled(tile, 1),
             &each("dense", &self.precisions, eight),
             &main,
         ];
@@ -270,7 +321,12 @@ impl Sources {
         self.head() + text!("delta_rows")
     }
 
-    /// The delta rule's recurrence over a chunk.
+    /// What a chunk's tokens are to each other under the delta rule.
+    pub fn delta_pairs(&self) -> String {
+        self.head() + text!("delta_pairs")
+    }
+
+    /// The delta rule over a chunk.
     pub fn delta_scan(&self) -> String {
         self.head() + text!("delta_scan")
     }
@@ -280,64 +336,56 @@ impl Sources {
         self.head() + text!("join_rows")
     }
 
-    /// Gate and up of experts for their tokens.
-    pub fn gemm_up(&self, slabs: &Slabs, (hidden, width): (usize, usize)) -> String {
-        let (gate, up) = (slabs.layout.gate.precision, slabs.layout.up.precision);
-        let matrices = [("gate", "GATE_MATRIX", gate), ("up", "UP_MATRIX", up)];
-        let outputs = "let out0 = by_gate0 / (1.0 + exp(-by_gate0)) * by_up0;\n\
-                       let out1 = by_gate1 / (1.0 + exp(-by_gate1)) * by_up1;\n";
+    /// Gate and up of experts for their tokens, in tiles of one height.
+    pub fn gemm_up(&self, slabs: &Slabs, (hidden, width): (usize, usize), tile: Tile) -> String {
+        let layout = &slabs.layout;
+        let matrices = [("GATE_MATRIX", layout.gate.precision), ("UP_MATRIX", layout.up.precision)];
         let row = "NORMED_AT + lists[bitcast<u32>(scratch[TOKEN_AT + 3u]) + pair] * COLS";
-        self.gemm_experts(slabs, &matrices, [outputs, row, "ACTIVE_AT"], (hidden, width))
+        let output = "sums0[j] / (1.0 + exp(-sums0[j])) * sums1[j]";
+        let main = text!("gemm_experts").replace("OUTPUT", output);
+        let given = "const GIVEN_AT = ACTIVE_AT;\n".to_string() + &sizes(hidden, width);
+        self.gemm_experts(slabs, &matrices, [&given, row, &main], tile)
     }
 
-    /// Down of experts for their tokens.
-    pub fn gemm_down(&self, slabs: &Slabs, (hidden, width): (usize, usize)) -> String {
-        let matrices = [("down", "DOWN_MATRIX", slabs.layout.down.precision)];
-        let outputs = "let out0 = by_down0;\nlet out1 = by_down1;\n";
-        self.gemm_experts(
-            slabs,
-            &matrices,
-            [outputs, "ACTIVE_AT + pair * COLS", "OUTPUT_AT"],
-            (width, hidden),
-        )
+    /// Down of experts for their tokens, in tiles of one height.
+    pub fn gemm_down(&self, slabs: &Slabs, (hidden, width): (usize, usize), tile: Tile) -> String {
+        let matrices = [("DOWN_MATRIX", slabs.layout.down.precision)];
+        let main = text!("gemm_experts").replace("OUTPUT", "sums0[j]");
+        let given = "const GIVEN_AT = OUTPUT_AT;\n".to_string() + &sizes(width, hidden);
+        self.gemm_experts(slabs, &matrices, [&given, "ACTIVE_AT + pair * COLS", &main], tile)
     }
 
     fn gemm_experts(
         &self,
         slabs: &Slabs,
-        matrices: &[(&str, &str, Precision)],
-        [outputs, row, given]: [&str; 3],
-        (cols, rows): (usize, usize),
+        matrices: &[OfRecord],
+        [constants, row, main]: [&str; 3],
+        tile: Tile,
     ) -> String {
-        let piece = |title: &str| {
-            let text = text!("gemm_matrix");
-            let start = text.find(title).expect("a piece of the file") + title.len();
-            let piece = text[start..].split("//").next().unwrap_or("");
-            let of = |(which, constant, precision): &(&str, &str, Precision)| {
-                piece
-                    .replace("WHICH", &format!("by_{which}"))
-                    .replace("CONSTANT", constant)
-                    .replace("NAME", &name(*precision))
-            };
-            matrices.iter().map(of).collect::<String>()
+        let of = |(i, (place, precision)): (usize, &OfRecord)| {
+            let name = name(*precision);
+            format!(
+                "const PLACE_{i} = {place};\n\
+                 fn eight_{i}(m: Matrix, n: u32, part: u32) -> Eight {{\n\
+                 return expert_eight_{name}(m, n, part);\n}}\n"
+            )
         };
-        let main = text!("gemm_experts")
-            .replace("//TILES", &piece("//TILE\n"))
-            .replace("//MATRICES", &piece("//MATRIX\n"))
-            .replace("//UNPACK", &piece("//UNPACK\n"))
-            .replace("//PRODUCTS", &piece("//PRODUCTS\n"))
-            .replace("//OUTPUTS", outputs);
-        let constants = constant("COLS", cols) + &constant("OUT_ROWS", rows);
-        let input = format!("fn input_row(pair: u32) -> u32 {{ return {row}; }}\n");
-        let precisions: Vec<Precision> = matrices.iter().map(|(_, _, p)| *p).collect();
-        let parts: [&str; 7] = [
+        let places: String = matrices.iter().enumerate().map(of).collect();
+        let precisions: Vec<Precision> = matrices.iter().map(|(_, p)| *p).collect();
+        let tiles = match tile {
+            Tile::Tall => "const TILES_AT = 0u;\n",
+            Tile::Short => "const TILES_AT = SHORT_TILES_AT;\n",
+        };
+        let parts: [&str; 9] = [
             &self.head(),
-            &constants,
-            &format!("const GIVEN_AT = {given};\n"),
+            constants,
+            tiles,
             &slabs.source(),
-            &input,
+            &format!("fn input_row(pair: u32) -> u32 {{ return {row}; }}\n"),
+            &tiled(tile, matrices.len()),
             &each("expert", &precisions, eight),
-            &main,
+            &places,
+            &repeated(main, ("//MATRIX ", "$m"), matrices.len()),
         ];
         parts.concat()
     }
@@ -454,21 +502,19 @@ impl Slabs {
         let matrices = matrices.map(|(name, m)| {
             let step = scale_bytes(m.precision);
             format!(
-                "const {name} = Matrix({}u, {}u, {}u);\n",
+                "const {name} = Place({}u, {}u, {}u, {}u);\n",
                 m.offsets[0] / 4,
                 m.offsets[1] / step,
-                m.offsets[2] / step
+                m.offsets[2] / step,
+                usize::from(step == 2)
             )
         });
-        // Scales of two bytes are counted in halves of a word, those of four in words.
-        let shift = usize::from(scale_bytes(self.layout.down.precision) == 2);
         let text = text!("experts")
             .replace("//SLABS", &bindings.collect::<String>())
             .replace("//SLAB_READ", &read);
         text + &matrices.concat()
             + &constant("SLAB_SLOTS", self.slots_each)
             + &constant("SLOT_WORDS", self.slot_words)
-            + &constant("SCALE_SHIFT", shift)
     }
 }
 

@@ -277,7 +277,12 @@ impl EngineArgs {
 
     /// The same options on the device that was asked for. A GPU computes in f32.
     fn on_device(&self, container: &Container, options: Options) -> Result<Options> {
-        let on_gpu = |adapter| GpuOptions { adapter, memory_bytes: self.gpu_memory, timed: false };
+        let on_gpu = |adapter| GpuOptions {
+            adapter,
+            memory_bytes: self.gpu_memory,
+            kernels_dir: environment::cache_dir(),
+            timed: false,
+        };
         let exact = Options {
             arithmetic: if self.fast { options.arithmetic } else { Arithmetic::Exact },
             ..options.clone()

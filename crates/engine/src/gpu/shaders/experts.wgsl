@@ -6,6 +6,15 @@ struct Matrix {
     biases: u32, // in scales
 }
 
+// Where a matrix lies in a record. Scales of four bytes are counted in words, those of two in halves of
+// one: `shift` is 0 or 1.
+struct Place {
+    weight: u32,
+    scales: u32,
+    biases: u32,
+    shift: u32,
+}
+
 @group(1) @binding(0) var<storage, read> places: array<u32>;
 //SLABS
 
@@ -22,6 +31,7 @@ fn find(expert: u32) -> u32 {
     return (slot % SLAB_SLOTS) * SLOT_WORDS;
 }
 
-fn within(record: u32, m: Matrix) -> Matrix {
-    return Matrix(record + m.weight, (record << SCALE_SHIFT) + m.scales, (record << SCALE_SHIFT) + m.biases);
+fn within(record: u32, m: Place) -> Matrix {
+    let scales = record << m.shift;
+    return Matrix(record + m.weight, scales + m.scales, scales + m.biases);
 }

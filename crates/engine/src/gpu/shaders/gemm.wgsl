@@ -1,14 +1,17 @@
-// Matrices times many vectors: a workgroup of 256 takes 64 rows by 64 vectors, a thread 4 by 4 of them.
-// A unit of 32 columns at a time is unpacked into workgroup memory, a row every 9 vectors so that
-// neighbours do not meet in a bank.
+// Matrices times many vectors, a tile a workgroup.
 
-struct Eight {
-    low: vec4<f32>,
-    high: vec4<f32>,
+fn unpacked(code: u32, m: Matrix, n: u32, part: u32) -> Eight {
+    var eight: Eight;
+    switch code {
+        //FORMATS
+        default: {}
+    }
+    return eight;
 }
 
-var<workgroup> tile: array<vec4<f32>, 576>;
-var<workgroup> inputs: array<vec4<f32>, 576>;
+fn four(token: u32, e: u32) -> vec4<f32> {
+    return vec4(input(token, e), input(token, e + 1u), input(token, e + 2u), input(token, e + 3u));
+}
 
 @compute @workgroup_size(256)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) tid: u32) {
@@ -28,60 +31,42 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let rows = head.y;
     let m = Matrix(place.x, place.y, place.z);
     let count = bitcast<u32>(scratch[TOKEN_AT + 1u]);
-    let row = min(first + (tid >> 2u), rows - 1u);
-    let token = min(group.y * 64u + (tid >> 2u), count - 1u);
-    let part = tid & 3u;
-    let put = (tid >> 2u) * 9u + part * 2u;
-    let across = (tid & 15u) * 9u;
-    let down = (tid >> 4u) * 9u;
-    var sum0 = vec4(0.0);
-    var sum1 = vec4(0.0);
-    var sum2 = vec4(0.0);
-    var sum3 = vec4(0.0);
-    for (var unit = 0u; unit < (COLS >> 5u); unit++) {
-        let n = row * (COLS >> 5u) + unit;
-        var eight: Eight;
-        switch head.z {
-            //FORMATS
-            default: {}
-        }
-        tile[put] = eight.low;
-        tile[put + 1u] = eight.high;
-        let e = unit * 32u + part * 8u;
-        inputs[put] = vec4(
-            input(token, e), input(token, e + 1u), input(token, e + 2u), input(token, e + 3u),
-        );
-        inputs[put + 1u] = vec4(
-            input(token, e + 4u), input(token, e + 5u), input(token, e + 6u), input(token, e + 7u),
-        );
+    let units = COLS >> 5u;
+    let n = min(first + (tid >> 2u), rows - 1u) * units;
+    let token = min(group.y * TILE + (tid >> 3u), count - 1u);
+    let other = min(group.y * TILE + (tid >> 3u) + 32u, count - 1u);
+    let share = share_of(tid);
+    var sums = mat4x4<f32>();
+    var eight = unpacked(head.z, m, n, tid & 3u);
+    var mine = four(token, 4u * (tid & 7u));
+    var second = vec4(0.0);
+    if TILE > 32u {
+        second = four(other, 4u * (tid & 7u));
+    }
+    for (var unit = 1u; unit <= units; unit++) {
+        put_weights(0u, eight, tid);
+        put_inputs(mine, second, tid);
         workgroupBarrier();
-        for (var k = 0u; k < 8u; k++) {
-            let x0 = inputs[down + k];
-            let x1 = inputs[down + 144u + k];
-            let x2 = inputs[down + 288u + k];
-            let x3 = inputs[down + 432u + k];
-            let w0 = tile[across + k];
-            let w1 = tile[across + 144u + k];
-            let w2 = tile[across + 288u + k];
-            let w3 = tile[across + 432u + k];
-            sum0 += vec4(dot(w0, x0), dot(w0, x1), dot(w0, x2), dot(w0, x3));
-            sum1 += vec4(dot(w1, x0), dot(w1, x1), dot(w1, x2), dot(w1, x3));
-            sum2 += vec4(dot(w2, x0), dot(w2, x1), dot(w2, x2), dot(w2, x3));
-            sum3 += vec4(dot(w3, x0), dot(w3, x1), dot(w3, x2), dot(w3, x3));
+        if unit < units {
+            let e = unit * 32u + 4u * (tid & 7u);
+            eight = unpacked(head.z, m, n + unit, tid & 3u);
+            mine = four(token, e);
+            if TILE > 32u {
+                second = four(other, e);
+            }
         }
+        sums += products(0u, share);
         workgroupBarrier();
     }
+    sums = joined(sums, share.part, tid);
     let to = dense[3u + 3u * segment].y;
-    let behind = dense[3u + 3u * segment].x + first + (tid & 15u);
+    let behind = dense[3u + 3u * segment].x + first + share.row;
     for (var j = 0u; j < 4u; j++) {
-        let t = group.y * 64u + (tid >> 4u) + 16u * j;
-        if t < count {
-            let at = to + t * head.w + behind;
-            let left = rows - min(rows, first + (tid & 15u));
-            if left > 0u { give(at, sum0[j]); }
-            if left > 16u { give(at + 16u, sum1[j]); }
-            if left > 32u { give(at + 32u, sum2[j]); }
-            if left > 48u { give(at + 48u, sum3[j]); }
+        let t = group.y * TILE + share.vector + STRIDE * j;
+        for (var i = 0u; i < 4u; i++) {
+            if share.part == 0u && t < count && first + share.row + 16u * i < rows {
+                give(to + t * head.w + behind + 16u * i, sums[j][i]);
+            }
         }
     }
 }

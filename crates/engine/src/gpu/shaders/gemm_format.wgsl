@@ -1,1 +1,1 @@
-            case CODEu: { eight = dense_eight_NAME(m, n, part); }
+        case CODEu: { eight = dense_eight_NAME(m, n, part); }

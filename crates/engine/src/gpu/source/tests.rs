@@ -49,13 +49,17 @@ fn kernels(shape: &Shape, subgroups: bool) -> Vec<(String, String)> {
         ("norm_rows".to_string(), many.norm_rows()),
         ("heads_rows".to_string(), many.heads_rows()),
         ("delta_rows".to_string(), many.delta_rows()),
+        ("delta_pairs".to_string(), many.delta_pairs()),
         ("delta_scan".to_string(), many.delta_scan()),
         ("join_rows".to_string(), many.join_rows()),
     ];
     for halves in [false, true] {
         all.push((format!("turn {halves}"), one.turn(halves)));
-        all.push((format!("attend {halves}"), one.attend(halves, false)));
-        all.push((format!("attend_rows {halves}"), many.attend(halves, true)));
+        all.push((format!("attend {halves}"), one.attend(halves)));
+        all.push((
+            format!("attend_rows {halves}"),
+            many.attend_rows(halves, shape.attention.head_dim),
+        ));
     }
     for input in [Input::Norm, Input::KeptNorm, Input::Plain, Input::Heads, Input::Gated] {
         for (give, cols, rows) in [(Give::Store, 512, 1), (Give::Add, 8192, 4)] {
@@ -63,7 +67,9 @@ fn kernels(shape: &Shape, subgroups: bool) -> Vec<(String, String)> {
         }
     }
     for rows in [Rows::Normed, Rows::Mixed, Rows::Gated, Rows::Shared] {
-        all.push((format!("gemm {rows:?}"), many.by_rows(rows, Give::Add, 256)));
+        for tile in [Tile::Short, Tile::Tall] {
+            all.push((format!("gemm {rows:?}"), many.by_rows(rows, Give::Add, 256, tile)));
+        }
     }
     let sizes = (shape.hidden, shape.moe.width);
     for precision in precisions() {
@@ -72,8 +78,10 @@ fn kernels(shape: &Shape, subgroups: bool) -> Vec<(String, String)> {
             let shared = (count == 1).then_some(precision);
             all.push((format!("up {precision:?}"), one.experts_up(&slabs, shape.hidden, 2)));
             all.push((format!("down {precision:?}"), one.experts_down(&slabs, shared, 4608, 2)));
-            all.push((format!("gemm up {precision:?}"), many.gemm_up(&slabs, sizes)));
-            all.push((format!("gemm down {precision:?}"), many.gemm_down(&slabs, sizes)));
+            for tile in [Tile::Short, Tile::Tall] {
+                all.push((format!("gemm up {precision:?}"), many.gemm_up(&slabs, sizes, tile)));
+                all.push((format!("gemm down {precision:?}"), many.gemm_down(&slabs, sizes, tile)));
+            }
         }
     }
     all

@@ -1,0 +1,334 @@
+//! Single kernels of the GPU on random data, against the CPU's arithmetic, on every adapter of the machine.
+//!
+//! A part of the engine's own unit tests, since kernels are private, but kept here: it prints SKIP where
+//! there is no adapter and fails instead where `FLASH_MOE_GPU_TESTS` is set. Sizes are odd on purpose:
+//! rows that fill no team, tokens that fill no tile. References are summed in f64 over what the CPU's
+//! kernels unpack, and a bound is the number of f32 roundings on the way times the size of what is added.
+
+mod blocks;
+mod experts;
+mod pipelines;
+mod products;
+
+use std::env;
+
+use flash_moe_kernels::{Isa, f32_to_bf16, f32_to_f16};
+use wgpu::{BindGroup, BindGroupLayout, Buffer};
+
+use super::adapters;
+use super::device::Device;
+use super::kernels::Views;
+use super::layout::Layout;
+use super::source::Sources;
+use crate::container::{Container, Matrix, Precision, ScaleKind};
+use crate::memory::Block;
+use crate::shape::{DeltaNet, Shape};
+
+/// An adapter, with teams in subgroups or in workgroup memory.
+pub struct Stand {
+    device: Device,
+    views: Views,
+    subgroups: bool,
+}
+
+/// Every adapter of the machine, in both forms where its subgroups are large enough for a team.
+fn stands() -> Vec<Stand> {
+    let all = adapters();
+    if all.is_empty() {
+        assert!(env::var_os("FLASH_MOE_GPU_TESTS").is_none(), "a GPU test needs an adapter");
+        println!("SKIP: no adapter");
+    }
+    let mut stands = Vec::new();
+    for adapter in &all {
+        let forms = match Device::open(&adapter.adapter).expect("a device").subgroups {
+            true => &[false, true][..],
+            false => {
+                println!(
+                    "SKIP: {}: no subgroups of 32 lanes, teams in workgroup memory alone",
+                    adapter.name
+                );
+                &[false]
+            }
+        };
+        for subgroups in forms {
+            let device = Device::open(&adapter.adapter).expect("a device");
+            stands.push(Stand { views: Views::new(&device), device, subgroups: *subgroups });
+        }
+    }
+    stands
+}
+
+/// Kernels of one shape on a stand, with their scratch.
+struct Bench<'a> {
+    stand: &'a Stand,
+    shape: &'a Shape,
+    layout: Layout,
+    sources: Sources,
+    scratch: Buffer,
+    group: BindGroup,
+}
+
+impl<'a> Bench<'a> {
+    /// For so many tokens at once; a token alone for 1.
+    fn new(stand: &'a Stand, shape: &'a Shape, precisions: &[Precision], tokens: usize) -> Self {
+        let layout = Layout::new(shape, shape.moe.top_k, tokens);
+        let scratch = stand.device.buffer("scratch", layout.bytes()).expect("memory");
+        Self {
+            group: stand.device.group(&stand.views.scratch, &[&scratch]).expect("a group"),
+            sources: Sources {
+                declarations: layout.declarations(shape),
+                precisions: precisions.to_vec(),
+                subgroups: stand.subgroups,
+            },
+            stand,
+            shape,
+            layout,
+            scratch,
+        }
+    }
+
+    fn put(&self, name: &str, values: &[f32]) {
+        let at = self.layout.at(name) as u64 * 4;
+        self.stand.device.write(&self.scratch, at, bytemuck::cast_slice(values));
+    }
+
+    fn put_numbers(&self, name: &str, numbers: &[usize]) {
+        let words: Vec<f32> = numbers.iter().map(|n| f32::from_bits(*n as u32)).collect();
+        self.put(name, &words);
+    }
+
+    fn get(&self, name: &str, count: usize) -> Vec<f32> {
+        self.floats(&self.scratch, self.layout.at(name), count)
+    }
+
+    fn floats(&self, buffer: &Buffer, first: usize, count: usize) -> Vec<f32> {
+        let mut values = vec![0f32; count];
+        let bytes = bytemuck::cast_slice_mut(&mut values);
+        self.stand.device.read(buffer, first as u64 * 4, bytes).expect("read back");
+        values
+    }
+
+    /// A buffer with these contents, seen so by kernels.
+    fn group(&self, view: &BindGroupLayout, contents: &[f32]) -> BindGroup {
+        let device = &self.stand.device;
+        let buffer = device.filled("test", bytemuck::cast_slice(contents)).expect("memory");
+        device.group(view, &[&buffer]).expect("a group")
+    }
+
+    /// Compiles a kernel and runs it once for each set of its buffers behind the scratch.
+    fn run(&self, source: &str, views: &[&BindGroupLayout], runs: &[(&[&BindGroup], [usize; 3])]) {
+        let device = &self.stand.device;
+        let layouts = [&[&self.stand.views.scratch], views].concat();
+        let kernel = device.kernel("test", source, &layouts).unwrap_or_else(|e| panic!("{e}"));
+        let mut encoder = device.encoder();
+        let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
+        pass.set_pipeline(&kernel);
+        pass.set_bind_group(0, &self.group, &[]);
+        for (groups, counts) in runs {
+            for (i, group) in (1..).zip(*groups) {
+                pass.set_bind_group(i, *group, &[]);
+            }
+            let [x, y, z] = counts.map(|n| n as u32);
+            pass.dispatch_workgroups(x, y, z);
+        }
+        drop(pass);
+        device.submit(encoder);
+        device.wait().unwrap_or_else(|e| panic!("{e}"));
+    }
+}
+
+/// The built-in model's shape with small numbers of our own.
+fn shape() -> Shape {
+    let tiny = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models/tiny");
+    let container = Container::open(&tiny).expect("the built-in model");
+    let mut shape = container.shape().clone();
+    shape.hidden = 96;
+    shape.delta =
+        Some(DeltaNet { key_heads: 2, value_heads: 4, key_dim: 24, value_dim: 64, conv_taps: 4 });
+    shape
+}
+
+/// Numbers from -1 to 1 out of a seed.
+struct Random(u64);
+
+impl Random {
+    fn bits(&mut self) -> u64 {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(0x5851_f42d_4c95_7f2d);
+        self.0 >> 33
+    }
+
+    fn number(&mut self) -> f32 {
+        self.bits() as f32 / (1u64 << 30) as f32 - 1.0
+    }
+
+    fn vector(&mut self, count: usize) -> Vec<f32> {
+        (0..count).map(|_| self.number()).collect()
+    }
+
+    fn block(&mut self, bytes: &[u8]) -> Block {
+        let mut block = Block::zeroed(bytes.len());
+        block.bytes_mut().copy_from_slice(bytes);
+        block
+    }
+
+    /// Numbers of this type as bytes: `lowest + n` for n from 0 to 2, times `factor`.
+    fn stored(&mut self, kind: ScaleKind, count: usize, (lowest, factor): (f32, f32)) -> Vec<u8> {
+        let numbers = (0..count).map(|_| (self.number() + 1.0 + lowest) * factor);
+        match kind {
+            ScaleKind::Bf16 => numbers.flat_map(|x| f32_to_bf16(x).to_le_bytes()).collect(),
+            ScaleKind::F16 => numbers.flat_map(|x| f32_to_f16(x).to_le_bytes()).collect(),
+            ScaleKind::F32 => numbers.flat_map(f32::to_le_bytes).collect(),
+        }
+    }
+
+    /// A matrix whose weights lie between -2.5 and 3.5.
+    fn matrix(&mut self, precision: Precision, rows: usize, cols: usize) -> Matrix {
+        let format = precision.format();
+        let even = (-1.0, 1.0);
+        let parts = match precision {
+            Precision::Affine { bits, scales, .. } => {
+                let bytes = (0..rows * format.row_bytes(cols)).map(|_| self.bits() as u8).collect();
+                let count =
+                    rows * format.scale_row_bytes(cols) / super::source::scale_bytes(precision);
+                let step = (0.5, 1.0 / f32::from(1u16 << bits));
+                [bytes, self.stored(scales, count, step), self.stored(scales, count, even)]
+            }
+            Precision::Bf16 => [self.stored(ScaleKind::Bf16, rows * cols, even), vec![], vec![]],
+            Precision::F16 => [self.stored(ScaleKind::F16, rows * cols, even), vec![], vec![]],
+            Precision::F32 => [self.stored(ScaleKind::F32, rows * cols, even), vec![], vec![]],
+        };
+        let parts = parts.map(|bytes| self.block(&bytes));
+        Matrix::new(precision, rows, cols, parts).expect("lengths of the format")
+    }
+}
+
+/// Every number of bits with every group, and each of both with every type of scales.
+fn precisions() -> Vec<Precision> {
+    let kinds = [ScaleKind::Bf16, ScaleKind::F16, ScaleKind::F32];
+    let mut all = vec![Precision::Bf16, Precision::F16, Precision::F32];
+    for (i, bits) in [2, 3, 4, 5, 6, 8].into_iter().enumerate() {
+        for (j, group) in [32, 64, 128].into_iter().enumerate() {
+            all.push(Precision::Affine { bits, group, scales: kinds[(i + j) % 3] });
+        }
+    }
+    all
+}
+
+/// Rows times a vector, in f64 over what the CPU unpacks.
+fn product(matrix: &Matrix, x: &[f64]) -> Vec<f64> {
+    let mut row = vec![0f32; matrix.cols()];
+    let of_row = |r| {
+        Isa::detect().unpack_row(&matrix.rows(), r, &mut row);
+        row.iter().zip(x).map(|(w, x)| f64::from(*w) * x).sum()
+    };
+    (0..matrix.row_count()).map(of_row).collect()
+}
+
+/// Values that a kernel gives, and what rounding may change in each.
+#[derive(Clone, Default)]
+struct Rounded {
+    values: Vec<f64>,
+    errors: Vec<f64>,
+}
+
+impl Rounded {
+    /// Exact ones.
+    fn exact(x: &[f32]) -> Self {
+        Self { values: wide(x), errors: vec![0.0; x.len()] }
+    }
+
+    /// The rows of a matrix times them in so many roundings, of a form that adds up `more` than the
+    /// weights.
+    fn times(&self, matrix: &Matrix, (roundings, more): (usize, f64)) -> Self {
+        let mut row = vec![0f32; matrix.cols()];
+        let mut all = Self::default();
+        for r in 0..matrix.row_count() {
+            Isa::detect().unpack_row(&matrix.rows(), r, &mut row);
+            let (mut value, mut error, mut size) = (0.0, 0.0, 0.0);
+            for ((w, x), e) in wide(&row).iter().zip(&self.values).zip(&self.errors) {
+                value += w * x;
+                error += w.abs() * e;
+                size += (w.abs() + more) * x.abs();
+            }
+            all.values.push(value);
+            all.errors.push(error + rounding(roundings, size));
+        }
+        all
+    }
+
+    /// silu of these times others; the slope of silu is at most 1.1.
+    fn gating(&self, up: &Self) -> Self {
+        let (gates, ups) = (self.values.iter().zip(&self.errors), up.values.iter().zip(&up.errors));
+        let pairs = gates.zip(ups).map(|((g, of_g), (u, of_u))| {
+            let value = silu(*g) * u;
+            let error = 1.1 * of_g * (u.abs() + of_u) + silu(*g).abs() * of_u;
+            (value, error + rounding(20, value.abs()))
+        });
+        let (values, errors) = pairs.unzip();
+        Self { values, errors }
+    }
+
+    fn scaled(mut self, factor: f64) -> Self {
+        self.values.iter_mut().for_each(|x| *x *= factor);
+        self.errors.iter_mut().for_each(|x| *x *= factor.abs());
+        self
+    }
+
+    fn add(&mut self, other: &Self) {
+        for (i, (value, error)) in other.values.iter().zip(&other.errors).enumerate() {
+            self.values[i] += value;
+            self.errors[i] += error + rounding(1, self.values[i].abs() + value.abs());
+        }
+    }
+
+    fn check(&self, what: &str, got: &[f32]) {
+        assert_eq!(got.len(), self.values.len(), "{what}");
+        for (i, got) in got.iter().enumerate() {
+            assert_close(&format!("{what}, {i}"), &[*got], &self.values[i..=i], self.errors[i]);
+        }
+    }
+}
+
+fn add(to: &mut [f64], values: &[f64]) {
+    to.iter_mut().zip(values).for_each(|(to, value)| *to += value);
+}
+
+fn wide(x: &[f32]) -> Vec<f64> {
+    x.iter().map(|x| f64::from(*x)).collect()
+}
+
+/// What so many roundings to f32 one after the other may change in sums of this size.
+fn rounding(roundings: usize, size: f64) -> f64 {
+    roundings as f64 * f64::from(f32::EPSILON) / 2.0 * size
+}
+
+/// The largest product that a weight of [`Random::matrix`] enters on its way: the affine kernels form
+/// `scale * 2^bits * (1 + q / 2^bits) x`, up to 2.5 * 2, and a bias of 1 at most.
+fn size_of(x: &[f64]) -> f64 {
+    6.0 * x.iter().map(|x| x.abs()).sum::<f64>()
+}
+
+/// What the kernels for one vector add up beside a weight: 1 where they take bits for a mantissa.
+const MANTISSA: f64 = 5.0;
+
+/// Roundings of a kernel for one vector of so many columns: a unit's eight products of four, the
+/// affine form, a lane's units, the team's sum.
+fn by_team(cols: usize) -> usize {
+    12 + 8 + cols.div_ceil(1024) + 5
+}
+
+fn assert_close(what: &str, got: &[f32], want: &[f64], bound: f64) {
+    assert_eq!(got.len(), want.len(), "{what}");
+    for (i, (got, want)) in got.iter().zip(want).enumerate() {
+        let error = (f64::from(*got) - want).abs();
+        assert!(error <= bound, "{what}, {i}: {got}, expected {want} within {bound:e}");
+    }
+}
+
+fn silu(x: f64) -> f64 {
+    x * sigmoid(x)
+}
+
+fn sigmoid(x: f64) -> f64 {
+    1.0 / (1.0 + (-x).exp())
+}
