@@ -6,6 +6,8 @@
 use std::fmt;
 
 use crate::budget::{Line, gib};
+use crate::compute::Compute;
+use crate::store::ExpertStore;
 
 /// What to do where there is nothing to list.
 pub const NO_ADAPTER: &str = "no GPU: neither a Vulkan loader with a driver (on Debian libvulkan1 and \
@@ -64,6 +66,43 @@ impl fmt::Display for VideoBudget {
         writeln!(f, "  {slots:<34}{:>12}", gib(self.slots_each as u64 * self.slot_bytes))?;
         write!(f, "  {:<34}{:>12}  (limit {})", "total", gib(self.total()), gib(self.limit))
     }
+}
+
+/// What was done to feed the device, since it was opened.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+pub struct GpuCounters {
+    /// Records brought to video memory.
+    pub uploads: u64,
+    /// Their bytes.
+    pub upload_bytes: u64,
+    /// How often a ring had nothing free and the oldest upload was waited for.
+    pub waits: u64,
+    /// Submissions.
+    pub submissions: u64,
+    /// Buffers that the driver was asked for.
+    pub buffers: u64,
+}
+
+impl GpuCounters {
+    /// What happened since `before`.
+    pub fn since(&self, before: &Self) -> Self {
+        Self {
+            uploads: self.uploads - before.uploads,
+            upload_bytes: self.upload_bytes - before.upload_bytes,
+            waits: self.waits - before.waits,
+            submissions: self.submissions - before.submissions,
+            buffers: self.buffers - before.buffers,
+        }
+    }
+}
+
+/// What a device is fed from.
+#[derive(Clone, Copy)]
+pub struct Host<'a> {
+    /// Records in memory and on disk.
+    pub store: &'a ExpertStore,
+    /// The processor's threads and kernels.
+    pub compute: &'a Compute,
 }
 
 /// What the kernels of a token are told.

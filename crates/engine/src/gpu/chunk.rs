@@ -1,13 +1,15 @@
 //! A chunk of a prompt on the device, its tokens together.
 //!
 //! Every matrix is multiplied by all tokens at once; the choice of experts comes back once a layer, the
-//! tokens are sorted by expert here, and every expert is multiplied by all of its tokens, as many experts
-//! at a time as a layer has slots. Outputs are kept apart and added up in the router's order, so neither
-//! the number of slots nor what was in them changes a bit.
+//! tokens are sorted by expert here, and every expert is multiplied by all of its tokens: those that have a
+//! slot at once, the others in waves as their records come in, one wave uploaded while the one before it is
+//! computed. Outputs are kept apart and added up in the router's order, so neither the number of slots nor
+//! what was in them changes a bit.
 
 use wgpu::{BindGroup, Buffer, ComputePass, ComputePipeline};
 
-use super::clock::Work;
+use super::asked::Host;
+use super::clock::{Commands, Work};
 use super::dense::bytes_of;
 use super::kernels::{ChunkKernels, Compiler};
 use super::layout::{Layout, grouped, top_k};
@@ -17,7 +19,6 @@ use super::timeline::LayerMemory;
 use super::{ChunkInput, Experts, Feeding, Gpu, Layer, Mixing, Part, Timeline, Watch};
 use crate::error::Result;
 use crate::shape::ExpertId;
-use crate::store::{ExpertStore, Purpose};
 use crate::timing::Stage;
 
 /// Tokens of a tile of an expert's product.
@@ -56,10 +57,10 @@ pub fn layout(
 
 /// A token that goes to an expert: its number times the experts for a token, plus the rank.
 struct Sorted {
-    tiles: Vec<[u32; 4]>,            // expert, first pair, pairs
-    tokens: Vec<u32>,                // of each pair
-    places: Vec<u32>,                // of each token's ranks among the pairs
-    experts: Vec<(ExpertId, usize)>, // those that are used, with the number of their tiles
+    tiles: Vec<[u32; 4]>,   // expert, first pair, pairs
+    tokens: Vec<u32>,       // of each pair
+    places: Vec<u32>,       // of each token's ranks among the pairs
+    experts: Vec<ExpertId>, // those that are used
 }
 
 /// Sorts the choices `[tokens][top_k]` by expert, then token.
@@ -82,10 +83,18 @@ fn sort(chosen: &[ExpertId], top_k: usize) -> Sorted {
             let count = TILE_TOKENS.min(pairs.len() - start);
             sorted.tiles.push([u32::from(expert.0), (first + start) as u32, count as u32, 0]);
         }
-        sorted.experts.push((expert, pairs.len().div_ceil(TILE_TOKENS)));
+        sorted.experts.push(expert);
         first += pairs.len();
     }
     sorted
+}
+
+impl Sorted {
+    /// Tiles of some of the experts, which ascend.
+    fn tiles_of(&self, experts: &[ExpertId]) -> Vec<[u32; 4]> {
+        let is_one = |tile: &&[u32; 4]| experts.binary_search(&ExpertId(tile[0] as u16)).is_ok();
+        self.tiles.iter().filter(is_one).copied().collect()
+    }
 }
 
 impl Chunk {
@@ -135,7 +144,7 @@ impl Gpu {
     /// A failed read of an expert; the device failed.
     pub fn chunk(
         &self,
-        store: &ExpertStore,
+        host: &Host,
         timeline: &Timeline,
         input: &ChunkInput,
         rows: &mut [f32],
@@ -157,13 +166,13 @@ impl Gpu {
             let mut work = self.chunk_work();
             self.mix_rows(&mut work, layer, memory, tokens);
             let Some(watch) = &mut watch else {
-                self.feed_rows(store, layer, tokens, work)?;
+                self.feed_rows(host, layer, tokens, work)?;
                 continue;
             };
-            self.device.submit(work.done());
+            Commands::submit(&self.device, [work.finish()]);
             let mixed = self.look_rows("H_AT", tokens * hidden)?;
             watch("mixer", Some(i), &difference(&mixed, &before));
-            self.feed_rows(store, layer, tokens, self.chunk_work())?;
+            self.feed_rows(host, layer, tokens, self.chunk_work())?;
             if matches!(layer.feed_forward, Feeding::Experts(_)) {
                 let (experts, pairs) = (self.shape.moe.experts, tokens * self.top_k);
                 watch("router_logits", Some(i), &self.look_rows("ROUTER_AT", tokens * experts)?);
@@ -249,13 +258,7 @@ impl Gpu {
     }
 
     /// `h += experts(norm(h))` of every token, behind what is in the encoder already.
-    fn feed_rows(
-        &self,
-        store: &ExpertStore,
-        layer: &Layer,
-        tokens: usize,
-        mut work: Work,
-    ) -> Result<()> {
+    fn feed_rows(&self, host: &Host, layer: &Layer, tokens: usize, mut work: Work) -> Result<()> {
         let k = &self.chunk.kernels;
         let experts = match &layer.feed_forward {
             Feeding::Dense { up, down } => {
@@ -264,7 +267,7 @@ impl Gpu {
                 self.gemm(pass, &k.project, up, tokens);
                 let kernel = k.dense_down.as_ref().expect("compiled where a layer is dense");
                 self.gemm(pass, kernel, down, tokens);
-                self.device.submit(work.done());
+                Commands::submit(&self.device, [work.finish()]);
                 return self.device.check();
             }
             Feeding::Experts(experts) => experts,
@@ -275,16 +278,15 @@ impl Gpu {
         pass.set_pipeline(&k.choose);
         pass.dispatch_workgroups(tokens as u32, 1, 1);
         let chosen = self.read_rows_chosen(work, tokens)?;
-        self.experts_rows(store, experts, &chosen, tokens)
+        self.experts_rows(host, experts, &chosen, tokens)
     }
 
-    fn read_rows_chosen(&self, work: Work, tokens: usize) -> Result<Vec<ExpertId>> {
-        let mut encoder = work.done();
+    fn read_rows_chosen(&self, mut work: Work, tokens: usize) -> Result<Vec<ExpertId>> {
         let bytes = (tokens * self.top_k) as u64 * 4;
         let from = self.chunk.layout.at("CHOSEN_AT") as u64 * 4;
         let landing = &self.chunk.landing;
-        encoder.copy_buffer_to_buffer(&self.chunk.scratch, from, landing, 0, bytes);
-        self.device.submit(encoder);
+        work.encoder().copy_buffer_to_buffer(&self.chunk.scratch, from, landing, 0, bytes);
+        Commands::submit(&self.device, [work.finish()]);
         self.device.landed(landing, bytes, |landed| {
             let ids = bytemuck::cast_slice::<u8, u32>(landed).iter();
             ids.map(|id| ExpertId(*id as u16)).collect()
@@ -293,7 +295,7 @@ impl Gpu {
 
     fn experts_rows(
         &self,
-        store: &ExpertStore,
+        host: &Host,
         experts: &Experts,
         chosen: &[ExpertId],
         tokens: usize,
@@ -308,45 +310,57 @@ impl Gpu {
         let (list, places) = (tokens_at as u64 * 4, places_at as u64 * 4);
         self.device.write(&self.chunk.lists, list, bytemuck::cast_slice(&sorted.tokens));
         self.device.write(&self.chunk.lists, places, bytemuck::cast_slice(&sorted.places));
-        let (mut rest, mut tiles) = (&sorted.experts[..], &sorted.tiles[..]);
-        while !rest.is_empty() {
-            let (wave, after) = rest.split_at(rest.len().min(self.budget.slots_each));
-            let count = wave.iter().map(|(_, tiles)| tiles).sum();
-            let (now, later) = tiles.split_at(count);
-            let ids: Vec<ExpertId> = wave.iter().map(|(expert, _)| *expert).collect();
-            self.bring(store, experts, &ids, Purpose::Scan)?;
-            self.device.write(&self.chunk.lists, 0, bytemuck::cast_slice(now));
-            let mut work = self.chunk_work();
-            let kernels = &k.experts[experts.kernels];
-            let bytes =
-                wave.len() * self.kernels.experts[experts.kernels].slabs.layout.record_bytes();
-            let pass = work.stage(Stage::Experts, bytes as u64);
-            pass.set_bind_group(1, &experts.slots.group, &[]);
-            pass.set_bind_group(2, &self.chunk.lists_group, &[]);
-            pass.set_pipeline(&kernels.up);
-            pass.dispatch_workgroups(self.shape.moe.width.div_ceil(64) as u32, count as u32, 1);
-            pass.set_pipeline(&kernels.down);
-            pass.dispatch_workgroups(self.shape.hidden.div_ceil(64) as u32, count as u32, 1);
-            if after.is_empty() {
-                pass.set_pipeline(&k.join);
-                pass.set_bind_group(1, &self.chunk.lists_group, &[]);
-                pass.dispatch_workgroups(tokens as u32, 1, 1);
-                if let (Some(shared), Some(kernel)) = (&experts.shared, &k.shared_down) {
-                    self.gemm(pass, kernel, std::slice::from_ref(shared), tokens);
-                }
-            }
-            self.device.submit(work.done());
-            (rest, tiles) = (after, later);
+        let slots = &experts.slots;
+        let (here, missing): (Vec<ExpertId>, Vec<ExpertId>) =
+            sorted.experts.iter().partition(|expert| slots.holds(**expert));
+        let claim = slots.claim(&self.device, here.iter().copied());
+        let mut work = self.chunk_work();
+        self.wave(&mut work, experts, &sorted.tiles_of(&here));
+        if !missing.is_empty() {
+            Commands::submit(&self.device, [work.finish()]);
+            drop(claim);
+            self.pass(host, slots, &missing, &|| self.chunk_work(), &mut |work, part| {
+                self.wave(work, experts, &sorted.tiles_of(&missing[part]));
+            })?;
+            work = self.chunk_work();
         }
+        let pass = work.stage(Stage::Experts, 0);
+        pass.set_pipeline(&k.join);
+        pass.set_bind_group(1, &self.chunk.lists_group, &[]);
+        pass.dispatch_workgroups(tokens as u32, 1, 1);
+        if let (Some(shared), Some(kernel)) = (&experts.shared, &k.shared_down) {
+            self.gemm(pass, kernel, std::slice::from_ref(shared), tokens);
+        }
+        Commands::submit(&self.device, [work.finish()]);
         self.device.check()
     }
 
+    /// Experts that are in their slots by then times their tokens. The tiles are on the device before
+    /// anything that is handed over next.
+    fn wave(&self, work: &mut Work, experts: &Experts, tiles: &[[u32; 4]]) {
+        if tiles.is_empty() {
+            return;
+        }
+        self.device.write(&self.chunk.lists, 0, bytemuck::cast_slice(tiles));
+        let kernels = &self.chunk.kernels.experts[experts.kernels];
+        let used = tiles.chunk_by(|a, b| a[0] == b[0]).count();
+        let pass = work.stage(Stage::Experts, (used * experts.slots.record_bytes()) as u64);
+        pass.set_bind_group(1, &experts.slots.group, &[]);
+        pass.set_bind_group(2, &self.chunk.lists_group, &[]);
+        pass.set_pipeline(&kernels.up);
+        let width = self.shape.moe.width.div_ceil(64) as u32;
+        pass.dispatch_workgroups(width, tiles.len() as u32, 1);
+        pass.set_pipeline(&kernels.down);
+        let hidden = self.shape.hidden.div_ceil(64) as u32;
+        pass.dispatch_workgroups(hidden, tiles.len() as u32, 1);
+    }
+
     fn look_rows(&self, name: &str, words: usize) -> Result<Vec<f32>> {
-        let mut encoder = self.device.encoder();
+        let mut work = self.chunk_work();
         let (from, bytes) = (self.chunk.layout.at(name) as u64 * 4, words as u64 * 4);
         let landing = &self.chunk.landing;
-        encoder.copy_buffer_to_buffer(&self.chunk.scratch, from, landing, 0, bytes);
-        self.device.submit(encoder);
+        work.encoder().copy_buffer_to_buffer(&self.chunk.scratch, from, landing, 0, bytes);
+        Commands::submit(&self.device, [work.finish()]);
         self.device.landed(landing, bytes, |landed| bytemuck::cast_slice(landed).to_vec())
     }
 
@@ -357,7 +371,7 @@ impl Gpu {
     pub fn logits(&self, h: &[f32], logits: &mut [f32]) -> Result<()> {
         let _scratch = self.lock();
         self.device.write(&self.scratch, 0, bytemuck::cast_slice(h));
-        self.finish(super::Logits::Into(logits), self.work())
+        self.finish(super::Logits::Into(logits), Vec::new(), self.work())
     }
 }
 
@@ -372,7 +386,8 @@ mod tests {
         assert_eq!(sorted.tiles, [[0, 0, 1, 0], [2, 1, 2, 0], [5, 3, 2, 0], [7, 5, 1, 0]]);
         assert_eq!(sorted.tokens, [1, 0, 1, 0, 2, 2]);
         assert_eq!(sorted.places, [3, 1, 2, 0, 4, 5]);
-        assert_eq!(sorted.experts.len(), 4);
+        assert_eq!(sorted.experts, [0, 2, 5, 7].map(ExpertId));
+        assert_eq!(sorted.tiles_of(&[2, 7].map(ExpertId)), [[2, 1, 2, 0], [7, 5, 1, 0]]);
         let many = sort(&[ExpertId(1); 70], 1);
         let tiles: Vec<[u32; 2]> = many.tiles.iter().map(|t| [t[1], t[2]]).collect();
         assert_eq!(tiles, [[0, 32], [32, 32], [64, 6]]);

@@ -15,9 +15,11 @@ mod device;
 mod kernels;
 mod layout;
 mod plan;
+mod ring;
 mod slots;
 mod source;
 mod step;
+mod tiers;
 mod timeline;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -25,7 +27,9 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use wgpu::{BindGroup, Buffer};
 
 pub use adapters::{Adapter, AdapterKind, adapters, auto, pick};
-pub use asked::{ChunkInput, GpuOptions, Logits, NO_ADAPTER, Token, VideoBudget, Watch};
+pub use asked::{
+    ChunkInput, GpuCounters, GpuOptions, Host, Logits, NO_ADAPTER, Token, VideoBudget, Watch,
+};
 pub use timeline::Timeline;
 
 use crate::budget::context;
@@ -34,7 +38,6 @@ use crate::engine::Options;
 use crate::error::{Error, Result};
 use crate::kv_cache::{KvFormat, KvShape};
 use crate::shape::{ExpertId, LayerId, Shape};
-use crate::store::{ExpertStore, Purpose};
 use crate::timing::Timing;
 use crate::weights::{
     AttentionWeights, DeltaNetWeights, FeedForwardWeights, LayerWeights, MixWeights, MoeWeights,
@@ -49,9 +52,7 @@ use layout::Layout;
 use slots::LayerSlots;
 use source::{Lying, Slabs, Sources};
 use step::Ahead;
-
-/// Records that are copied at once.
-const COPIES_MAX: usize = 8;
+use tiers::Tiers;
 
 /// A model on a device.
 pub struct Gpu {
@@ -68,6 +69,7 @@ pub struct Gpu {
     scratch: Buffer,
     scratch_group: BindGroup,
     landing: Buffer,
+    tiers: Tiers,
     chunk: Chunk,
     clock: Option<Clock>,
     busy: Mutex<Option<Ahead>>, // one token at a time uses the scratch
@@ -155,6 +157,7 @@ impl Gpu {
         Ok(Self {
             scratch_group: device.group(&views.scratch, &[&scratch])?,
             landing: device.landing(layout.bytes())?,
+            tiers: Tiers::new(&device, &layout, shape, plan::record_bytes(container))?,
             kv: KvShape::of(&shape.attention, options.kv_cache),
             shape: shape.clone(),
             top_k: layout::top_k(shape, options),
@@ -181,62 +184,17 @@ impl Gpu {
     ///
     /// # Errors
     /// A failed read; the device failed.
-    pub fn fill(&self, store: &ExpertStore) -> Result<()> {
+    pub fn fill(&self, host: &Host) -> Result<()> {
         if !self.budget.resident {
             return Ok(());
         }
+        let all: Vec<ExpertId> = (0..self.shape.moe.experts).map(|e| ExpertId(e as u16)).collect();
         for layer in &self.layers {
-            let Feeding::Experts(experts) = &layer.feed_forward else { continue };
-            let all: Vec<ExpertId> =
-                (0..self.shape.moe.experts).map(|e| ExpertId(e as u16)).collect();
-            let slots = self.budget.slots_each.max(1);
-            all.chunks(slots)
-                .try_for_each(|some| self.bring(store, experts, some, Purpose::Scan))?;
-        }
-        Ok(())
-    }
-
-    /// Sees to it that these experts of a layer are in their slots. Records are copied into the driver's
-    /// memory by several threads: one alone is slower than the way to the device.
-    fn bring(
-        &self,
-        store: &ExpertStore,
-        experts: &Experts,
-        wanted: &[ExpertId],
-        purpose: Purpose,
-    ) -> Result<()> {
-        let slots = &experts.slots;
-        let claim = slots.claim(wanted.iter().copied());
-        let missing = claim.missing.iter().map(|(e, _)| (*e, purpose));
-        let mut sweep = store.sweep(slots.layer(), missing);
-        // Records that are held keep slots of the store from the reads that follow.
-        let batch = (store.slots() / 4).clamp(1, COPIES_MAX);
-        let mut staged = 0;
-        for places in claim.missing.chunks(batch) {
-            let mut records = Vec::with_capacity(batch);
-            for place in places {
-                let record = sweep.next_in_order()?.expect("as many records as were asked for");
-                staged += record.len() as u64;
-                records.push((slots.room(&self.device, *place)?, record));
-            }
-            std::thread::scope(|scope| {
-                let mut copies = records.iter_mut();
-                let own = copies.next();
-                for (room, record) in copies {
-                    scope.spawn(|| room.copy_from_slice(&record[..room.len()]));
-                }
-                if let Some((room, record)) = own {
-                    room.copy_from_slice(&record[..room.len()]);
-                }
-            });
-            drop(records);
-            places.iter().for_each(|place| slots.landed(&self.device, *place));
-            if staged > device::STAGED_BYTES_MAX {
-                self.device.flush()?;
-                staged = 0;
+            if let Feeding::Experts(experts) = &layer.feed_forward {
+                self.pass(host, &experts.slots, &all, &|| self.work(), &mut |_, _| {})?;
             }
         }
-        Ok(())
+        self.device.wait_for(None)
     }
 
     /// Adds what the device's clock has seen since the last call.
