@@ -110,7 +110,7 @@ impl Engine {
         let budget = Budget::plan(&container, options)?;
         let mut weights = Weights::load(&container)?;
         let open = |wanted| Gpu::open(&container, &weights, options, wanted);
-        let gpu = options.gpu.as_ref().map(open).transpose()?;
+        let mut gpu = options.gpu.as_ref().map(open).transpose()?;
         if gpu.is_some() {
             weights.keep_embedding();
         }
@@ -134,8 +134,8 @@ impl Engine {
             arithmetic: options.arithmetic,
             kin,
         });
-        if let Some(gpu) = &gpu {
-            gpu.fill(&Host { store: &store, compute: &compute })?;
+        if let Some(gpu) = &mut gpu {
+            gpu.prepare(&Host { store: &store, compute: &compute })?;
         }
         let options = options.clone();
         Ok(Self { container, budget, options, weights, store, compute, strangers, gpu })

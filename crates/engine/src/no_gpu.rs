@@ -9,7 +9,8 @@ mod asked;
 use std::fmt;
 
 pub use asked::{
-    ChunkInput, GpuCounters, GpuOptions, Host, Logits, NO_ADAPTER, Token, VideoBudget, Watch,
+    ChunkInput, GpuCounters, GpuOptions, Host, Logits, MissPlan, MissRates, Misses, NO_ADAPTER,
+    Token, VideoBudget, Watch,
 };
 
 use crate::container::Container;
@@ -68,8 +69,13 @@ impl Gpu {
         match *self {}
     }
 
-    /// Brings all experts in.
-    pub fn fill(&self, _: &Host) -> Result<()> {
+    /// What it does about missing experts.
+    pub fn misses(&self) -> MissPlan {
+        match *self {}
+    }
+
+    /// Makes it ready.
+    pub fn prepare(&mut self, _: &Host) -> Result<()> {
         match *self {}
     }
 

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use flash_moe_engine::Arithmetic;
 use flash_moe_engine::container::Container;
 use flash_moe_engine::engine::{Engine, Options};
-use flash_moe_engine::gpu::{GpuOptions, adapters};
+use flash_moe_engine::gpu::{GpuOptions, Misses, adapters};
 use flash_moe_engine::kv_cache::KvFormat;
 use flash_moe_engine::session::Session;
 use flash_moe_engine::shape::{ExpertId, LayerId, TokenId};
@@ -63,7 +63,12 @@ fn open_at(dir: &Path, options: &Options) -> Arc<Engine> {
 }
 
 fn on(adapter: usize) -> Option<GpuOptions> {
-    Some(GpuOptions { adapter: Some(adapter), memory_bytes: Some(600 << 20), timed: false })
+    Some(GpuOptions {
+        adapter: Some(adapter),
+        memory_bytes: Some(600 << 20),
+        timed: false,
+        misses: Misses::Upload,
+    })
 }
 
 /// A copy of the built-in model whose last layer of experts can come up short for a while.
@@ -181,6 +186,13 @@ fn keys_and_values_in_halves_are_those_of_the_cpu() {
     }
 }
 
+/// The same with so many slots in each layer, missing experts as they are said to be had.
+fn with_misses(whole: &Engine, slots: usize, misses: Misses) -> Options {
+    let mut options = with_slots(whole, slots);
+    options.gpu.as_mut().expect("a GPU").misses = misses;
+    options
+}
+
 /// The same with so many slots in each layer.
 fn with_slots(whole: &Engine, slots: usize) -> Options {
     let plan = whole.gpu().expect("a GPU").budget();
@@ -207,11 +219,71 @@ fn experts_that_stream_give_the_bits_of_experts_that_stay() {
 }
 
 #[test]
+fn the_processor_computes_what_video_memory_misses() {
+    for adapter in all_adapters() {
+        let whole = open(&options(on(adapter)));
+        let expected = logits(&whole, 20);
+        let (top_k, experts) = (whole.top_k(), whole.shape().moe.experts);
+        for slots in [top_k, experts / 2] {
+            let engine = open(&with_misses(&whole, slots, Misses::Cpu));
+            let gpu = engine.gpu().expect("a GPU");
+            let own = logits(&engine, 20);
+            let apart = worst(&own, &expected);
+            assert!(apart <= BOUND, "it differs by {apart}");
+            let counters = gpu.counters();
+            assert!(counters.computed > 20, "{counters:?}");
+            // A prompt is the device's own; what is admitted was chosen twice.
+            assert!(counters.admitted > 0 && counters.admitted < counters.computed, "{counters:?}");
+            let again = open(&with_misses(&whole, slots, Misses::Cpu));
+            assert!(logits(&again, 20) == own, "other bits in another run");
+        }
+    }
+}
+
+#[test]
+fn what_is_chosen_again_moves_to_video_memory() {
+    for adapter in all_adapters() {
+        let whole = open(&options(on(adapter)));
+        let engine = open(&with_misses(&whole, whole.shape().moe.experts / 2, Misses::Cpu));
+        let gpu = engine.gpu().expect("a GPU");
+        let mut session = Session::new(&engine);
+        prefill(&mut session, 0..PROMPT);
+        let mut computed = |steps: usize| {
+            let before = gpu.counters().computed;
+            (0..steps).for_each(|_| session.step(token(7)).unwrap_or_else(|e| panic!("{e}")));
+            gpu.counters().computed - before
+        };
+        let (first, last) = (computed(10), [computed(10), computed(10), computed(10)][2]);
+        assert!(last * 2 < first, "{last} after {first}");
+    }
+}
+
+#[test]
+fn who_computes_what_is_missing_is_measured_once() {
+    for adapter in all_adapters() {
+        let whole = open(&options(on(adapter)));
+        let expected = logits(&whole, 6);
+        let engine = open(&with_misses(&whole, whole.top_k(), Misses::Auto));
+        let gpu = engine.gpu().expect("a GPU");
+        let plan = gpu.misses();
+        let rates = plan.rates.expect("measured");
+        assert!(
+            [rates.stage, rates.upload, rates.compute].iter().all(|r| *r > 0.0 && r.is_finite())
+        );
+        assert_eq!(plan.computed_eighths, rates.computed_eighths());
+        assert!(worst(&logits(&engine, 6), &expected) <= BOUND);
+        assert_eq!(gpu.misses(), plan);
+        assert_eq!(gpu.counters().computed > 0, plan.computed_eighths > 0);
+    }
+}
+
+#[test]
 fn a_token_asks_the_driver_for_no_buffer() {
     for adapter in all_adapters() {
         let whole = open(&options(on(adapter)));
         let streamed = open(&with_slots(&whole, whole.top_k()));
-        for engine in [whole, streamed] {
+        let shared = open(&with_misses(&whole, whole.top_k(), Misses::Cpu));
+        for engine in [whole, streamed, shared] {
             let gpu = engine.gpu().expect("a GPU");
             let mut session = Session::new(&engine);
             prefill(&mut session, 0..PROMPT);
@@ -221,7 +293,7 @@ fn a_token_asks_the_driver_for_no_buffer() {
             }
             let token = gpu.counters().since(&before);
             assert_eq!(token.buffers, 0);
-            assert_eq!(token.uploads > 0, !gpu.budget().resident);
+            assert_eq!(token.uploads + token.computed > 0, !gpu.budget().resident);
         }
     }
 }
@@ -338,12 +410,10 @@ fn what_the_device_cannot_do_is_refused_with_what_can() {
         assert!(said.contains("f32 or f16"), "{said}");
         let said = refusal(&Options { arithmetic: Arithmetic::Fast8, ..options(on(adapter)) });
         assert!(said.contains("int8"), "{said}");
-        let little =
-            GpuOptions { adapter: Some(adapter), memory_bytes: Some(64 << 20), timed: false };
-        let said = refusal(&options(Some(little)));
+        let with = |bytes| on(adapter).map(|gpu| GpuOptions { memory_bytes: Some(bytes), ..gpu });
+        let said = refusal(&options(with(64 << 20)));
         assert!(said.contains("--gpu-memory ") && said.contains("dense weights"), "{said}");
-        let beyond = GpuOptions { adapter: Some(99), memory_bytes: None, timed: false };
-        let said = refusal(&options(Some(beyond)));
+        let said = refusal(&options(on(99)));
         assert!(said.contains("flash-moe devices"), "{said}");
     }
 }

@@ -68,6 +68,14 @@ impl Clock {
         })
     }
 
+    /// The last pass of a stage that touches anything touches so many bytes less.
+    pub fn take_off(&self, stage: Stage, bytes: u64) {
+        let mut marks = self.marks.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(mark) = marks.iter_mut().rfind(|mark| mark.0 == stage && mark.1 > 0) {
+            mark.1 = mark.1.saturating_sub(bytes);
+        }
+    }
+
     /// A place for one more pass, while there is one.
     fn mark(&self, stage: Stage, bytes: u64) -> Option<u32> {
         let mut marks = self.marks.lock().unwrap_or_else(PoisonError::into_inner);

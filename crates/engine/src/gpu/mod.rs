@@ -15,6 +15,7 @@ mod device;
 mod kernels;
 mod layout;
 mod plan;
+mod rates;
 mod ring;
 mod slots;
 mod source;
@@ -28,7 +29,8 @@ use wgpu::{BindGroup, Buffer};
 
 pub use adapters::{Adapter, AdapterKind, adapters, auto, pick};
 pub use asked::{
-    ChunkInput, GpuCounters, GpuOptions, Host, Logits, NO_ADAPTER, Token, VideoBudget, Watch,
+    ChunkInput, GpuCounters, GpuOptions, Host, Logits, MissPlan, MissRates, Misses, NO_ADAPTER,
+    Token, VideoBudget, Watch,
 };
 pub use timeline::Timeline;
 
@@ -51,7 +53,7 @@ use kernels::{Compiler, Kernels, Views};
 use layout::Layout;
 use slots::LayerSlots;
 use source::{Lying, Slabs, Sources};
-use step::Ahead;
+use step::Busy;
 use tiers::Tiers;
 
 /// A model on a device.
@@ -72,7 +74,7 @@ pub struct Gpu {
     tiers: Tiers,
     chunk: Chunk,
     clock: Option<Clock>,
-    busy: Mutex<Option<Ahead>>, // one token at a time uses the scratch
+    busy: Mutex<Busy>, // one token at a time uses the scratch
 }
 
 struct Layer {
@@ -157,11 +159,16 @@ impl Gpu {
         Ok(Self {
             scratch_group: device.group(&views.scratch, &[&scratch])?,
             landing: device.landing(layout.bytes())?,
-            tiers: Tiers::new(&device, &layout, shape, plan::record_bytes(container))?,
+            tiers: Tiers::new(
+                &device,
+                &layout,
+                shape,
+                (plan::record_bytes(container), wanted.misses),
+            )?,
             kv: KvShape::of(&shape.attention, options.kv_cache),
             shape: shape.clone(),
             top_k: layout::top_k(shape, options),
-            busy: Mutex::new(None),
+            busy: Mutex::default(),
             chunk,
             clock,
             device,
@@ -180,13 +187,14 @@ impl Gpu {
         &self.budget
     }
 
-    /// Brings all experts in when all have a slot; afterwards no token waits for one.
+    /// Brings all experts in when all have a slot, and then no token waits for one. Otherwise decides who
+    /// computes what is missing, by measuring if that was asked for.
     ///
     /// # Errors
     /// A failed read; the device failed.
-    pub fn fill(&self, host: &Host) -> Result<()> {
+    pub fn prepare(&mut self, host: &Host) -> Result<()> {
         if !self.budget.resident {
-            return Ok(());
+            return self.plan_misses(host);
         }
         let all: Vec<ExpertId> = (0..self.shape.moe.experts).map(|e| ExpertId(e as u16)).collect();
         for layer in &self.layers {
@@ -212,7 +220,7 @@ impl Gpu {
         Work::new(&self.device, self.clock.as_ref(), &self.scratch_group)
     }
 
-    fn lock(&self) -> MutexGuard<'_, Option<Ahead>> {
+    fn lock(&self) -> MutexGuard<'_, Busy> {
         self.busy.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -149,6 +149,9 @@ impl Drop for Piece<'_> {
     }
 }
 
+/// A part of a record, and where it goes.
+type Item<'a> = (WriteOnly<'a, [u8; ITEM_BYTES]>, &'a [u8]);
+
 /// Copies each record into its piece.
 ///
 /// # Errors
@@ -156,7 +159,7 @@ impl Drop for Piece<'_> {
 pub fn fill(pool: &Pool, records: &[(Piece, &[u8])]) -> Result<()> {
     let view = |(piece, record): &(Piece, &[u8])| piece.view(record.len());
     let mut views = records.iter().map(view).collect::<Result<Vec<_>>>()?;
-    let mut items: Vec<Option<(WriteOnly<[u8; ITEM_BYTES]>, &[u8])>> = Vec::new();
+    let mut items: Vec<Option<Item>> = Vec::new();
     for (view, (_, record)) in views.iter_mut().zip(records) {
         let (whole, mut rest) = view.slice(..record.len()).into_chunks();
         let from = record.chunks_exact(ITEM_BYTES);

@@ -37,6 +37,19 @@ struct Table {
     slots: Slots,
     places: Vec<u32>, // [experts], the slot of each
     held: Vec<u32>,   // [slots], the expert of each
+    used: Vec<u64>,   // [experts], the last token that chose it, counted from 1
+    tokens: u64,
+}
+
+/// An expert of a token's choice that has no slot.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Missing {
+    /// Its rank in the choice.
+    pub rank: usize,
+    /// The expert.
+    pub expert: ExpertId,
+    /// Whether it was chosen so short a while ago that as many slots, had it got one, would hold it still.
+    pub is_back: bool,
 }
 
 impl Table {
@@ -136,13 +149,24 @@ impl LayerSlots {
         let group = device.group(view, &all)?;
         let (places_now, held) = (vec![NOWHERE; experts], vec![NOWHERE; slots]);
         device.write(&places, 0, bytemuck::cast_slice(&places_now));
-        let table = Table { slots: Slots::new(slots, experts), places: places_now, held };
+        let table = Table {
+            slots: Slots::new(slots, experts),
+            places: places_now,
+            held,
+            used: vec![0; experts],
+            tokens: 0,
+        };
         Ok(Self { group, layer, slabs, buffers, places, table: Mutex::new(table) })
     }
 
     /// The layer.
     pub fn layer(&self) -> LayerId {
         self.layer
+    }
+
+    /// Layout of its records.
+    pub fn layout(&self) -> &RecordLayout {
+        &self.slabs.layout
     }
 
     /// Bytes of a record.
@@ -157,6 +181,24 @@ impl LayerSlots {
     /// Whether an expert is here.
     pub fn holds(&self, expert: ExpertId) -> bool {
         self.lock().places[usize::from(expert.0)] != NOWHERE
+    }
+
+    /// What is missing of a token's choice, in its order.
+    pub fn missing(&self, chosen: &[ExpertId]) -> Vec<Missing> {
+        let table = &mut *self.lock();
+        table.tokens += 1;
+        // Slots that hold what was used last hold at least so many tokens' choices.
+        let held_tokens = (table.held.len() / chosen.len().max(1)) as u64;
+        let mut missing = Vec::new();
+        for (rank, expert) in chosen.iter().enumerate() {
+            let index = usize::from(expert.0);
+            let used = std::mem::replace(&mut table.used[index], table.tokens);
+            if table.places[index] == NOWHERE {
+                let is_back = used > 0 && table.tokens - used <= held_tokens;
+                missing.push(Missing { rank, expert: *expert, is_back });
+            }
+        }
+        missing
     }
 
     /// Pins those of the experts that are here, and slots for the others.

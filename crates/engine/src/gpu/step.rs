@@ -11,15 +11,34 @@ use super::asked::Host;
 use super::clock::{Commands, Work};
 use super::dense::bytes_of;
 use super::layout::{SPLITS_MAX, grouped};
-use super::tiers::Asked;
+use super::tiers::{Asked, Processor};
 use super::{Experts, Feeding, Gpu, Layer, Logits, Mixing, Part, Timeline, Token, Watch};
 use crate::error::Result;
 use crate::kv_cache::PAGE_POSITIONS;
 use crate::shape::ExpertId;
 use crate::timing::Stage;
 
+/// What one token at a time has.
+#[derive(Default)]
+pub struct Busy {
+    ahead: Option<Ahead>,
+    pub(super) choice: Choice,
+    pub(super) processor: Processor,
+}
+
+/// The router's choice for a token.
+#[derive(Default)]
+pub struct Choice {
+    /// Most probable first, `[top_k]`.
+    pub experts: Vec<ExpertId>,
+    /// Their weights, `[top_k]`, where the processor computes.
+    pub weights: Vec<f32>,
+    /// What they are given, `[hidden]`, where the processor computes.
+    pub normed: Vec<f32>,
+}
+
 /// Commands that were written ahead.
-pub struct Ahead {
+struct Ahead {
     timeline: u64,
     position: usize,
     commands: CommandBuffer,
@@ -38,18 +57,27 @@ impl Gpu {
         logits: Logits,
         watch: Option<Watch>,
     ) -> Result<()> {
-        let mut ahead = self.lock();
+        let mut busy = self.lock();
         let begin = self.begin(token)?;
         match watch {
             Some(watch) => {
                 Commands::submit(&self.device, [begin]);
-                self.watched(host, timeline, token.position, watch)?;
+                self.watched(host, (timeline, token.position), watch, &mut busy)?;
                 self.finish(logits, Vec::new(), self.work())
             }
             None if self.budget.resident => {
-                self.resident(begin, timeline, token.position, logits, &mut ahead)
+                self.resident(begin, timeline, token.position, logits, &mut busy.ahead)
             }
-            None => self.streamed(host, begin, (timeline, token.position), logits),
+            None => {
+                let mut later = Vec::new();
+                let position = token.position;
+                let outcome =
+                    self.streamed(host, begin, (timeline, position), &mut busy, &mut later);
+                // What is to come in is on its way whatever became of the token.
+                let ended = outcome.map(|(front, work)| self.hand_over(&logits, front, work));
+                Commands::submit_some(&self.device, &mut later);
+                self.land(logits, ended?)
+            }
         }
     }
 
@@ -63,35 +91,38 @@ impl Gpu {
         logits: Logits,
         ahead: &mut Option<Ahead>,
     ) -> Result<()> {
-        let Logits::Into(logits) = logits else {
+        let Logits::Into(into) = &logits else {
             return self.finish(Logits::No, vec![begin], self.whole(timeline, position));
         };
+        let wanted = into.len();
         let is_this = |ahead: &Ahead| ahead.timeline == timeline.id && ahead.position == position;
         let commands = match ahead.take().filter(is_this) {
             Some(ahead) => Commands::kept(ahead.commands),
-            None => self.with_head(self.whole(timeline, position), logits.len()),
+            None => self.with_head(self.whole(timeline, position), wanted),
         };
-        Commands::submit(&self.device, [begin, commands]);
+        let submission = Commands::submit(&self.device, [begin, commands]);
+        self.device.ask(&self.landing, wanted as u64 * 4);
         if self.clock.is_none() && position + 1 < timeline.context {
             let work = self.whole(timeline, position + 1);
-            let commands = self.with_head(work, logits.len()).alone();
+            let commands = self.with_head(work, wanted).alone();
             *ahead = Some(Ahead { timeline: timeline.id, position: position + 1, commands });
         }
-        self.land(logits)
+        self.land(logits, submission)
     }
 
-    /// A token whose experts may be missing.
+    /// The layers of a token whose experts may be missing; gives what is left to be handed over. `later`
+    /// is to follow behind it.
     fn streamed<'g>(
         &'g self,
         host: &Host,
         begin: Commands<'g>,
         (timeline, position): (&Timeline, usize),
-        logits: Logits,
-    ) -> Result<()> {
+        busy: &mut Busy,
+        later: &mut Vec<Commands<'g>>,
+    ) -> Result<(Vec<Commands<'g>>, Work<'g>)> {
         let mut front = vec![begin];
         let mut work = self.work();
         let mut asked: Option<Asked> = None;
-        let mut chosen = Vec::with_capacity(self.top_k);
         for (layer, memory) in self.layers.iter().zip(&timeline.layers) {
             self.mix(&mut work, layer, memory, position);
             let experts = match &layer.feed_forward {
@@ -103,17 +134,19 @@ impl Gpu {
             };
             self.choose(&mut work, experts);
             let commands = std::mem::replace(&mut work, self.work()).finish();
+            let mut settled = None;
             if let Some(asked) = asked.take() {
-                front.extend(self.settle(host, asked, &mut chosen)?);
+                front = self.settle(host, asked, busy, later, &mut settled)?;
             }
             front.push(commands);
             asked = Some(self.ask(experts, front.drain(..)));
+            self.admit(host, settled, later)?;
             self.down(&mut work, experts);
         }
         if let Some(asked) = asked {
-            front.extend(self.settle(host, asked, &mut chosen)?);
+            front = self.settle(host, asked, busy, later, &mut None)?;
         }
-        self.finish(logits, front, work)
+        Ok((front, work))
     }
 
     /// All layers of a token.
@@ -161,17 +194,28 @@ impl Gpu {
     pub(super) fn finish<'g>(
         &'g self,
         logits: Logits,
-        mut front: Vec<Commands<'g>>,
+        front: Vec<Commands<'g>>,
         work: Work<'g>,
     ) -> Result<()> {
+        let submission = self.hand_over(&logits, front, work);
+        self.land(logits, submission)
+    }
+
+    /// Hands the commands over with those of the head, where logits are wanted.
+    fn hand_over<'g>(
+        &'g self,
+        logits: &Logits,
+        mut front: Vec<Commands<'g>>,
+        work: Work<'g>,
+    ) -> SubmissionIndex {
         let Logits::Into(logits) = logits else {
             front.push(work.finish());
-            Commands::submit(&self.device, front);
-            return self.device.check();
+            return Commands::submit(&self.device, front);
         };
         front.push(self.with_head(work, logits.len()));
-        Commands::submit(&self.device, front);
-        self.land(logits)
+        let submission = Commands::submit(&self.device, front);
+        self.device.ask(&self.landing, logits.len() as u64 * 4);
+        submission
     }
 
     /// The commands with those of the head, and the way back of so many logits.
@@ -184,8 +228,11 @@ impl Gpu {
         work.finish()
     }
 
-    fn land(&self, logits: &mut [f32]) -> Result<()> {
-        self.device.landed(&self.landing, logits.len() as u64 * 4, |landed| {
+    /// Waits for logits that were asked for.
+    fn land(&self, logits: Logits, submission: SubmissionIndex) -> Result<()> {
+        let Logits::Into(logits) = logits else { return self.device.check() };
+        let bytes = logits.len() as u64 * 4;
+        self.device.answer(&self.landing, bytes, Some(submission), |landed| {
             logits.copy_from_slice(bytemuck::cast_slice(landed));
         })
     }
@@ -261,13 +308,27 @@ impl Gpu {
         let pass = work.stage(Stage::Route, 0);
         pass.set_pipeline(&self.kernels.choose);
         pass.dispatch_workgroups(1, 1, 1);
-        let from = self.layout.at("CHOSEN_AT") as u64 * 4;
-        let bytes = self.chosen_bytes();
-        work.encoder().copy_buffer_to_buffer(&self.scratch, from, &self.landing, 0, bytes);
+        let mut to = 0;
+        for (name, words) in self.choice_parts() {
+            let (from, bytes) = (self.layout.at(name) as u64 * 4, words as u64 * 4);
+            work.encoder().copy_buffer_to_buffer(&self.scratch, from, &self.landing, to, bytes);
+            to += bytes;
+        }
     }
 
-    fn chosen_bytes(&self) -> u64 {
-        self.top_k as u64 * 4
+    /// What comes back of a choice, and in how many words.
+    fn choice_parts(&self) -> impl Iterator<Item = (&'static str, usize)> {
+        let all = [
+            ("CHOSEN_AT", self.top_k),
+            ("WEIGHTS_AT", self.top_k),
+            ("NORMED_AT", self.shape.hidden),
+        ];
+        let wanted = if self.misses().computed_eighths == 0 { 1 } else { all.len() };
+        all.into_iter().take(wanted)
+    }
+
+    fn choice_bytes(&self) -> u64 {
+        self.choice_parts().map(|(_, words)| words as u64 * 4).sum()
     }
 
     /// Hands over what leaves a choice, and behind it the first half of the experts that are here.
@@ -277,23 +338,31 @@ impl Gpu {
         commands: impl IntoIterator<Item = Commands<'g>>,
     ) -> Asked<'g> {
         let submission = Commands::submit(&self.device, commands);
-        self.device.ask(&self.landing, self.chosen_bytes());
+        self.device.ask(&self.landing, self.choice_bytes());
         let mut work = self.work();
         self.up(&mut work, experts, self.top_k);
         Commands::submit(&self.device, [work.finish()]);
         Asked { experts, submission }
     }
 
-    /// Waits for the ids of a choice.
-    pub(super) fn read_chosen(
+    /// Waits for a choice.
+    pub(super) fn read_choice(
         &self,
         submission: SubmissionIndex,
-        chosen: &mut Vec<ExpertId>,
+        choice: &mut Choice,
     ) -> Result<()> {
-        self.device.answer(&self.landing, self.chosen_bytes(), Some(submission), |landed| {
-            let ids = bytemuck::cast_slice::<u8, u32>(landed).iter();
-            chosen.clear();
-            chosen.extend(ids.map(|id| ExpertId(*id as u16)));
+        self.device.answer(&self.landing, self.choice_bytes(), Some(submission), |landed| {
+            let (ids, rest) = bytemuck::cast_slice::<u8, u32>(landed).split_at(self.top_k);
+            choice.experts.clear();
+            choice.experts.extend(ids.iter().map(|id| ExpertId(*id as u16)));
+            let (weights, normed) = rest.split_at(rest.len().min(self.top_k));
+            let floats = |to: &mut Vec<f32>, from: &[u32]| {
+                to.clear();
+                to.extend_from_slice(bytemuck::cast_slice(from));
+            };
+            floats(&mut choice.weights, weights);
+            floats(&mut choice.normed, normed);
+            choice.normed.chunks_exact_mut(STAGED_UNIT).for_each(in_order);
         })
     }
 
@@ -324,9 +393,9 @@ impl Gpu {
     fn watched(
         &self,
         host: &Host,
-        timeline: &Timeline,
-        position: usize,
+        (timeline, position): (&Timeline, usize),
         watch: Watch,
+        busy: &mut Busy,
     ) -> Result<()> {
         let hidden = self.shape.hidden;
         let mut before = self.look("H_AT", hidden)?;
@@ -336,7 +405,7 @@ impl Gpu {
             Commands::submit(&self.device, [work.finish()]);
             let mixed = self.look("H_AT", hidden)?;
             watch("mixer", Some(i), &difference(&mixed, &before));
-            self.feed_forward(host, layer)?;
+            self.feed_forward(host, layer, busy)?;
             if matches!(layer.feed_forward, Feeding::Experts(_)) {
                 watch("router_logits", Some(i), &self.look("ROUTER_AT", self.shape.moe.experts)?);
                 watch("router_weights", Some(i), &self.look("WEIGHTS_AT", self.top_k)?);
@@ -350,15 +419,15 @@ impl Gpu {
     }
 
     /// A layer's feed-forward by itself.
-    fn feed_forward(&self, host: &Host, layer: &Layer) -> Result<()> {
+    fn feed_forward(&self, host: &Host, layer: &Layer, busy: &mut Busy) -> Result<()> {
         let mut work = self.work();
-        let mut front = Vec::new();
+        let (mut front, mut later) = (Vec::new(), Vec::new());
         match &layer.feed_forward {
             Feeding::Dense { up, down } => self.dense(&mut work, up, down),
             Feeding::Experts(experts) => {
                 self.choose(&mut work, experts);
                 let asked = self.ask(experts, [work.finish()]);
-                front = self.settle(host, asked, &mut Vec::new())?;
+                front = self.settle(host, asked, busy, &mut later, &mut None)?;
                 work = self.work();
                 self.down(&mut work, experts);
             }
@@ -385,6 +454,19 @@ impl Gpu {
         let _scratch = self.lock();
         self.look("H_AT", self.shape.hidden)
     }
+}
+
+/// Elements of a unit of a kernel's staged input.
+const STAGED_UNIT: usize = 32;
+
+/// Brings a unit from the order of the staged input, whose vector j of four holds elements j, j + 8, j + 16
+/// and j + 24, into its own.
+fn in_order(unit: &mut [f32]) {
+    let mut elements = [0.0; STAGED_UNIT];
+    for (i, value) in unit.iter().enumerate() {
+        elements[i / 4 + i % 4 * 8] = *value;
+    }
+    unit.copy_from_slice(&elements);
 }
 
 /// `a - b`.

@@ -4,24 +4,30 @@
 //! device, and the kernels that need it stand behind that command: the queue's order is all that keeps
 //! them apart, so nothing is waited for but the router's choice, a read, and the oldest piece of a full
 //! ring. What a token needs and has is computed before the choice is known here; this part brings
-//! the rest. Records are brought as they land, so that uploads, reads and kernels go on together.
+//! the rest. Records are brought as they land, so that uploads, reads and kernels go on together. A fixed part
+//! of a layer's missing experts may be the processor's, which computes them meanwhile; of those the ones
+//! that are chosen again soon are brought as well, where nothing waits for it.
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use wgpu::{Buffer, SubmissionIndex};
 
-use super::asked::{GpuCounters, Host};
+use super::asked::{GpuCounters, Host, MissPlan, Misses, SHARES};
 use super::clock::{Commands, Way, Work};
 use super::device::Device;
 use super::layout::Layout;
 use super::ring::{self, Ring};
-use super::slots::{Claim, LayerSlots};
+use super::slots::{Claim, LayerSlots, Missing};
+use super::step::Busy;
 use super::{Experts, Gpu};
+use crate::compute::Temporary;
 use crate::error::Result;
+use crate::layer::experts::{ExpertScratch, OneToken, add_experts};
 use crate::shape::{ExpertId, Shape};
 use crate::store::slots::SlotId;
 use crate::store::{Fetch, Landed, Purpose, Record};
+use crate::timing::{Stage, Timing};
 
 /// Bytes of the ring of records, as far as their number allows.
 const RECORDS_BYTES: u64 = 64 << 20;
@@ -30,12 +36,32 @@ const RECORDS: [u64; 2] = [4, 32];
 /// Pieces for what is small: a token takes a few a layer, and waits for every layer.
 const NOTES: usize = 32;
 
-/// What uploads pass through.
+/// Records of a layer and token at most that video memory is given after the processor has computed them.
+const ADMITTED_MAX: usize = 2;
+
+/// What uploads pass through, and what became of missing experts.
 pub struct Tiers {
     records: Ring,
     notes: Ring,
+    pub(super) plan: MissPlan,
     uploads: AtomicU64,
     upload_bytes: AtomicU64,
+    admitted: AtomicU64,
+    computed: AtomicU64,
+    compute_ns: AtomicU64,
+}
+
+/// What the processor computes with.
+#[derive(Default)]
+pub struct Processor {
+    pub scratch: ExpertScratch,
+    pub tmp: Temporary,
+}
+
+/// Records that video memory is to have.
+pub struct Kept<'g, 's> {
+    experts: &'g Experts,
+    records: Vec<(ExpertId, Record<'s>)>,
 }
 
 /// Pieces of the ring of records, for records of so many bytes.
@@ -64,18 +90,29 @@ pub struct Asked<'g> {
 impl Tiers {
     /// # Errors
     /// There is not so much memory that both sides see.
-    pub fn new(device: &Device, layout: &Layout, shape: &Shape, record_bytes: u64) -> Result<Self> {
+    pub fn new(
+        device: &Device,
+        layout: &Layout,
+        shape: &Shape,
+        (record_bytes, misses): (u64, Misses),
+    ) -> Result<Self> {
         let count = records(record_bytes) as usize;
+        let none = || AtomicU64::new(0);
+        let computed_eighths = if misses == Misses::Cpu { SHARES } else { 0 };
         Ok(Self {
             records: Ring::new(device, "records on their way", count, record_bytes)?,
             notes: Ring::new(device, "notes to the device", NOTES, note_bytes(layout, shape))?,
-            uploads: AtomicU64::new(0),
-            upload_bytes: AtomicU64::new(0),
+            plan: MissPlan { misses, computed_eighths, rates: None },
+            uploads: none(),
+            upload_bytes: none(),
+            admitted: none(),
+            computed: none(),
+            compute_ns: none(),
         })
     }
 
     /// Records that are staged together: half of the ring, so that the other half is on its way.
-    fn batch(&self) -> usize {
+    pub fn batch(&self) -> usize {
         (self.records.count() / 2).max(1)
     }
 }
@@ -88,10 +125,18 @@ impl Gpu {
         GpuCounters {
             uploads: t.uploads.load(Ordering::Relaxed),
             upload_bytes: t.upload_bytes.load(Ordering::Relaxed),
+            admitted: t.admitted.load(Ordering::Relaxed),
+            computed: t.computed.load(Ordering::Relaxed),
+            compute_ns: t.compute_ns.load(Ordering::Relaxed),
             waits: t.records.waits() + t.notes.waits(),
             submissions,
             buffers,
         }
+    }
+
+    /// What it does about missing experts.
+    pub fn misses(&self) -> MissPlan {
+        self.tiers.plan
     }
 
     /// Brings a few words to the device in front of what is written next.
@@ -110,7 +155,7 @@ impl Gpu {
 
     /// Brings records to the slots that were claimed for them, and says where they are, together with
     /// `also`.
-    fn stage<'g>(
+    pub(super) fn stage<'g>(
         &'g self,
         host: &Host,
         work: &mut Work<'g>,
@@ -165,25 +210,98 @@ impl Gpu {
         Ok(())
     }
 
-    /// Waits for the router's choice and sees to it that what is missing of it is computed up to its
-    /// activations. Gives what is still to be handed over, in front of what needs those.
-    pub(super) fn settle<'g>(
+    /// Waits for the router's choice and sees to it that what is missing of it is computed, on the device up
+    /// to its activations. Gives what is still to be handed over, in front of what needs those. `later`
+    /// goes where the device would wait for the processor; `kept` is what the processor has
+    /// computed and video memory is to have.
+    pub(super) fn settle<'g, 's>(
+        &'g self,
+        host: &Host<'s>,
+        asked: Asked<'g>,
+        busy: &mut Busy,
+        later: &mut Vec<Commands<'g>>,
+        kept: &mut Option<Kept<'g, 's>>,
+    ) -> Result<Vec<Commands<'g>>> {
+        self.read_choice(asked.submission, &mut busy.choice)?;
+        let (experts, chosen) = (asked.experts, &busy.choice.experts);
+        let slots = &experts.slots;
+        let missing = slots.missing(chosen);
+        let computed = self.tiers.plan.computed(missing.len());
+        let (uploaded, computed) = missing.split_at(missing.len() - computed);
+        let is_claimed = |expert: &&ExpertId| computed.iter().all(|m| m.expert != **expert);
+        let claim = slots.claim(&self.device, chosen.iter().filter(is_claimed).copied());
+        let fetch = |missing: &[Missing]| {
+            let ids: Vec<ExpertId> = missing.iter().map(|m| m.expert).collect();
+            host.store.fetch(slots.layer(), &ids)
+        };
+        let [mut uploads, mut others] = [uploaded, computed].map(fetch);
+        let mut front = self.bring(host, experts, (&claim, uploaded), &mut uploads)?;
+        if !computed.is_empty() {
+            Commands::submit_some(&self.device, &mut front);
+            Commands::submit_some(&self.device, later);
+            let mut records = Vec::new();
+            front.push(self.compute(host, experts, (computed, &mut others), busy, &mut records)?);
+            *kept = Some(Kept { experts, records });
+        }
+        Ok(front)
+    }
+
+    /// The processor computes experts as they land; the weighted sum of them goes where the kernel that adds
+    /// up the layer finds it.
+    fn compute<'g, 's>(
+        &'g self,
+        host: &Host<'s>,
+        experts: &Experts,
+        (missing, fetch): (&[Missing], &mut Fetch<'s>),
+        busy: &mut Busy,
+        kept: &mut Vec<(ExpertId, Record<'s>)>,
+    ) -> Result<Commands<'g>> {
+        let (choice, layout) = (&busy.choice, experts.slots.layout());
+        let weights: Vec<f32> = missing.iter().map(|m| choice.weights[m.rank]).collect();
+        let one = OneToken { layout, x: &choice.normed, weights: &weights };
+        let mut used = |i: usize, record: Record<'s>| {
+            if missing[i].is_back && kept.len() < ADMITTED_MAX {
+                kept.push((missing[i].expert, record));
+            }
+        };
+        let mut sum = vec![0.0; self.shape.hidden];
+        let mut timing = Timing::default();
+        let Processor { scratch, tmp } = &mut busy.processor;
+        let buffers = (scratch, tmp, &mut timing);
+        add_experts(host.compute, &one, fetch, buffers, &mut used, &mut sum)?;
+        let ns = timing.stage(Stage::Experts).ns;
+        self.tiers.computed.fetch_add(missing.len() as u64, Ordering::Relaxed);
+        self.tiers.compute_ns.fetch_add(ns, Ordering::Relaxed);
+        if let Some(clock) = &self.clock {
+            clock.take_off(Stage::Experts, (missing.len() * layout.record_bytes()) as u64);
+        }
+        let mut work = self.work();
+        let to = self.layout.at("ELSEWHERE_AT") as u64 * 4;
+        self.note(&mut work, &[(bytemuck::cast_slice(&sum), &self.scratch, to)])?;
+        Ok(work.finish())
+    }
+
+    /// Stages what is to be in video memory from now on, while the device is busy. The commands go to `later`.
+    pub(super) fn admit<'g>(
         &'g self,
         host: &Host,
-        asked: Asked<'g>,
-        chosen: &mut Vec<ExpertId>,
-    ) -> Result<Vec<Commands<'g>>> {
-        self.read_chosen(asked.submission, chosen)?;
-        let slots = &asked.experts.slots;
-        let claim = slots.claim(&self.device, chosen.iter().copied());
-        let missing: Vec<ExpertId> = claim.missing.iter().map(|(expert, _)| *expert).collect();
-        if missing.is_empty() {
-            return Ok(Vec::new());
+        kept: Option<Kept<'g, '_>>,
+        later: &mut Vec<Commands<'g>>,
+    ) -> Result<()> {
+        let Some(Kept { experts, records }) = kept else { return Ok(()) };
+        for (expert, record) in records {
+            if later.len() == self.tiers.batch() {
+                break;
+            }
+            let claim = experts.slots.claim(&self.device, std::iter::once(expert));
+            let mut work = self.work();
+            for place in &claim.missing {
+                self.stage(host, &mut work, &experts.slots, &[(&record, *place)], &[])?;
+                self.tiers.admitted.fetch_add(1, Ordering::Relaxed);
+            }
+            later.push(work.finish());
         }
-        let rank = |e: &ExpertId| chosen.iter().position(|c| c == e).expect("chosen") as u32;
-        let ranks: Vec<u32> = missing.iter().map(rank).collect();
-        let mut fetch = host.store.fetch(slots.layer(), &missing);
-        self.bring(host, asked.experts, (&claim, &ranks), &mut fetch)
+        Ok(())
     }
 
     /// Brings what a claim misses as it lands and computes it up to its activations. What has landed last
@@ -192,19 +310,19 @@ impl Gpu {
         &'g self,
         host: &Host,
         experts: &Experts,
-        (claim, ranks): (&Claim, &[u32]),
+        (claim, missing): (&Claim, &[Missing]),
         fetch: &mut Fetch,
     ) -> Result<Vec<Commands<'g>>> {
         let mut last = Vec::new();
         let mut landed = Landed::new();
-        let mut left = ranks.len();
+        let mut left = missing.len();
         while left > 0 {
             Commands::submit_some(&self.device, &mut last);
             fetch.ready(&mut landed)?;
             left -= landed.len();
             for some in landed.chunks(self.tiers.batch()) {
                 let staged: Vec<_> = some.iter().map(|(i, r)| (r, claim.missing[*i])).collect();
-                let ranks: Vec<u32> = some.iter().map(|(i, _)| ranks[*i]).collect();
+                let ranks: Vec<u32> = some.iter().map(|(i, _)| missing[*i].rank as u32).collect();
                 let mut work = self.work();
                 let list = (
                     bytemuck::cast_slice(&ranks),
@@ -222,7 +340,7 @@ impl Gpu {
 }
 
 /// The next record, waited for, and those behind it that are here by now.
-fn collect<'s>(sweep: &mut Fetch<'s>, most: usize) -> Result<Vec<Record<'s>>> {
+pub fn collect<'s>(sweep: &mut Fetch<'s>, most: usize) -> Result<Vec<Record<'s>>> {
     let mut records = vec![sweep.next_in_order()?.expect("as many records as were asked for")];
     while records.len() < most {
         let Some(record) = sweep.next_if_ready()? else { break };
