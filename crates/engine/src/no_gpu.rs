@@ -10,7 +10,7 @@ use std::fmt;
 
 pub use asked::{
     ChunkInput, GpuCounters, GpuOptions, Host, Logits, MissPlan, MissRates, Misses, NO_ADAPTER,
-    Token, VideoBudget, Watch,
+    Token, VideoBudget, Watch, uploads_bytes,
 };
 
 use crate::container::Container;

@@ -358,7 +358,7 @@ fn a_failed_read_harms_no_token_after_it() {
         let kept = session.checkpoint().expect("a whole session");
         engine.store().forget();
         layer.cut();
-        let error = session.step(token(PROMPT)).err().expect("a failed read").to_string();
+        let error = session.step(token(PROMPT)).expect_err("a failed read").to_string();
         assert!(error.contains("layer") && error.contains("expert"), "{error}");
         layer.mend();
         session.restore(&kept).expect("the same engine");

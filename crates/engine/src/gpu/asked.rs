@@ -13,6 +13,21 @@ use crate::store::ExpertStore;
 pub const NO_ADAPTER: &str = "no GPU: neither a Vulkan loader with a driver (on Debian libvulkan1 and \
     the card's own driver or mesa-vulkan-drivers), nor Metal, nor Direct3D 12; --device cpu needs none";
 
+/// Bytes of records on their way to a device, as far as their number allows.
+const UPLOADS_BYTES: u64 = 64 << 20;
+/// Records on their way, at least and at most.
+const UPLOADS: [u64; 2] = [4, 32];
+
+/// Records of so many bytes that have memory on their way to a device.
+pub fn upload_records(record_bytes: u64) -> u64 {
+    UPLOADS_BYTES.checked_div(record_bytes).map_or(0, |count| count.clamp(UPLOADS[0], UPLOADS[1]))
+}
+
+/// Bytes of that memory.
+pub fn uploads_bytes(record_bytes: u64) -> u64 {
+    upload_records(record_bytes) * record_bytes
+}
+
 /// What a user decides about the GPU.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct GpuOptions {

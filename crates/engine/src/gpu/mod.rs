@@ -30,7 +30,7 @@ use wgpu::{BindGroup, Buffer};
 pub use adapters::{Adapter, AdapterKind, adapters, auto, pick};
 pub use asked::{
     ChunkInput, GpuCounters, GpuOptions, Host, Logits, MissPlan, MissRates, Misses, NO_ADAPTER,
-    Token, VideoBudget, Watch,
+    Token, VideoBudget, Watch, uploads_bytes,
 };
 pub use timeline::Timeline;
 
@@ -101,7 +101,7 @@ struct Experts {
 
 impl Gpu {
     /// Plans the video memory, then brings the dense weights there and compiles the kernels. Experts
-    /// follow with [`Gpu::fill`] or when a token asks for them.
+    /// follow with [`Gpu::prepare`] or when a token asks for them.
     ///
     /// # Errors
     /// No such adapter; a format that the kernels do not take; a plan above the limit, as a table; the
@@ -150,21 +150,16 @@ impl Gpu {
             slots: budget.slots_each,
         };
         let layers = loader.layers(weights, &each)?;
-        let head = [Segment { matrix: weights.head(), to: layout.at("LOGITS_AT"), chunk_to: 0 }];
-        let head = loader.pack("head", &head, &weights.norm, kernels.project.rows)?;
+        let head = loader.head(weights)?;
         let slabs: Vec<Slabs> = distinct.iter().map(|(slabs, _)| slabs.clone()).collect();
         let chunk = Chunk::new(&compiler, of_chunk, &slabs)?;
         let clock = if wanted.timed { Clock::new(&device)? } else { None };
         let scratch = device.buffer("scratch", layout.bytes())?;
+        let records = (plan::record_bytes(container), wanted.misses);
         Ok(Self {
             scratch_group: device.group(&views.scratch, &[&scratch])?,
             landing: device.landing(layout.bytes())?,
-            tiers: Tiers::new(
-                &device,
-                &layout,
-                shape,
-                (plan::record_bytes(container), wanted.misses),
-            )?,
+            tiers: Tiers::new(&device, &layout, shape, records)?,
             kv: KvShape::of(&shape.attention, options.kv_cache),
             shape: shape.clone(),
             top_k: layout::top_k(shape, options),
@@ -356,6 +351,12 @@ impl Loader<'_> {
             })
         };
         layers.map(load).collect()
+    }
+
+    fn head(&self, weights: &Weights) -> Result<Vec<Part>> {
+        let to = self.layouts[0].at("LOGITS_AT");
+        let head = [Segment { matrix: weights.head(), to, chunk_to: 0 }];
+        self.pack("head", &head, &weights.norm, self.kernels.project.rows)
     }
 
     fn pack(

@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use super::asked::{Host, MissRates, Misses};
 use super::clock::Commands;
-use super::tiers::{Processor, collect};
+use super::tiers::{Workspace, collect};
 use super::{Experts, Feeding, Gpu};
 use crate::error::Result;
 use crate::layer::experts::{OneToken, add_experts};
@@ -22,11 +22,12 @@ const RECORDS_MAX: usize = 8;
 impl Gpu {
     /// Decides who computes what is missing.
     pub(super) fn plan_misses(&mut self, host: &Host) -> Result<()> {
-        if self.tiers.plan.misses == Misses::Auto {
-            if let Some(rates) = self.measure(host)? {
-                self.tiers.plan.rates = Some(rates);
-                self.tiers.plan.computed_eighths = rates.computed_eighths();
-            }
+        if self.tiers.plan.misses != Misses::Auto {
+            return Ok(());
+        }
+        if let Some(rates) = self.measure(host)? {
+            self.tiers.plan.rates = Some(rates);
+            self.tiers.plan.computed_eighths = rates.computed_eighths();
         }
         Ok(())
     }
@@ -41,11 +42,11 @@ impl Gpu {
         let most = RECORDS_MAX.min(self.tiers.batch()).min(self.budget.slots_each);
         let count = most.min(host.store.slots() / 4).min(self.shape.moe.experts / 2).max(1) as u16;
         let ids = |first: u16| (first..first + count).map(ExpertId).collect::<Vec<_>>();
-        let mut processor = Processor::default();
+        let mut workspace = Workspace::default();
         let mut rates = None;
         for ids in [ids(0), ids(count)] {
             let [stage, upload] = self.measure_upload(host, experts, &ids)?;
-            let compute = self.measure_processor(host, experts, &ids, &mut processor)?;
+            let compute = self.measure_processor(host, experts, &ids, &mut workspace)?;
             rates = Some(MissRates { stage, upload, compute });
         }
         Ok(rates)
@@ -77,14 +78,14 @@ impl Gpu {
         host: &Host,
         experts: &Experts,
         ids: &[ExpertId],
-        processor: &mut Processor,
+        workspace: &mut Workspace,
     ) -> Result<f64> {
         let (slots, hidden) = (&experts.slots, self.shape.hidden);
         let mut fetch = host.store.fetch(slots.layer(), ids);
         let (x, weights, mut out) = (vec![1.0; hidden], vec![1.0; ids.len()], vec![0.0; hidden]);
         let one = OneToken { layout: slots.layout(), x: &x, weights: &weights };
         let mut timing = Timing::default();
-        let buffers = (&mut processor.scratch, &mut processor.tmp, &mut timing);
+        let buffers = (&mut workspace.scratch, &mut workspace.tmp, &mut timing);
         let started = Instant::now();
         add_experts(host.compute, &one, &mut fetch, buffers, &mut |_, _| {}, &mut out)?;
         let bytes = (ids.len() * slots.record_bytes()) as f64;

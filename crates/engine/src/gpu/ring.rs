@@ -173,3 +173,41 @@ pub fn fill(pool: &Pool, records: &[(Piece, &[u8])]) -> Result<()> {
     });
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::gpu::adapters::pick;
+
+    #[test]
+    fn pieces_go_round_and_one_that_cannot_be_had_is_an_error() {
+        let Ok((_, adapter)) = pick(Some(0)) else {
+            return println!("SKIP: no adapter");
+        };
+        let device = Device::open(&adapter.adapter).expect("a device");
+        let ring = Ring::new(&device, "uploads", 2, 200_000).expect("memory");
+        let to = device.buffer("what arrived", 200_000).expect("memory");
+        let pool = Pool::new(2);
+        for round in 0..7u8 {
+            let sent: Vec<u8> = (0..200_000u32).map(|i| (i % 251) as u8 ^ round).collect();
+            let filled = [(ring.take(&device).expect("a piece"), &sent[..])];
+            fill(&pool, &filled).expect("mapped memory");
+            let [(mut piece, _)] = filled;
+            let mut encoder = device.encoder();
+            encoder.copy_buffer_to_buffer(piece.hand_over(), 0, &to, 0, 200_000);
+            piece.last = Some(device.submit_all([encoder.finish()]));
+            drop(piece);
+            let mut arrived = vec![0; sent.len()];
+            device.read(&to, 0, &mut arrived).expect("the bytes");
+            assert!(arrived == sent, "round {round}");
+        }
+        let held = [ring.take(&device), ring.take(&device)].map(|piece| piece.expect("a piece"));
+        let error = ring.take(&device).err().expect("nothing left").to_string();
+        assert!(error.contains("--gpu-memory"), "{error}");
+        drop(held);
+        ring.take(&device)
+            .expect("one that nobody wrote")
+            .write([&[1u8][..]].into_iter())
+            .expect("it");
+    }
+}

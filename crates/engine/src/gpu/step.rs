@@ -11,7 +11,7 @@ use super::asked::Host;
 use super::clock::{Commands, Work};
 use super::dense::bytes_of;
 use super::layout::{SPLITS_MAX, grouped};
-use super::tiers::{Asked, Processor};
+use super::tiers::{Asked, Workspace};
 use super::{Experts, Feeding, Gpu, Layer, Logits, Mixing, Part, Timeline, Token, Watch};
 use crate::error::Result;
 use crate::kv_cache::PAGE_POSITIONS;
@@ -23,7 +23,7 @@ use crate::timing::Stage;
 pub struct Busy {
     ahead: Option<Ahead>,
     pub(super) choice: Choice,
-    pub(super) processor: Processor,
+    pub(super) workspace: Workspace,
 }
 
 /// The router's choice for a token.

@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use wgpu::{Buffer, SubmissionIndex};
 
-use super::asked::{GpuCounters, Host, MissPlan, Misses, SHARES};
+use super::asked::{GpuCounters, Host, MissPlan, Misses, SHARES, upload_records, uploads_bytes};
 use super::clock::{Commands, Way, Work};
 use super::device::Device;
 use super::layout::Layout;
@@ -29,10 +29,6 @@ use crate::store::slots::SlotId;
 use crate::store::{Fetch, Landed, Purpose, Record};
 use crate::timing::{Stage, Timing};
 
-/// Bytes of the ring of records, as far as their number allows.
-const RECORDS_BYTES: u64 = 64 << 20;
-/// Records of the ring, at least and at most.
-const RECORDS: [u64; 2] = [4, 32];
 /// Pieces for what is small: a token takes a few a layer, and waits for every layer.
 const NOTES: usize = 32;
 
@@ -53,7 +49,7 @@ pub struct Tiers {
 
 /// What the processor computes with.
 #[derive(Default)]
-pub struct Processor {
+pub struct Workspace {
     pub scratch: ExpertScratch,
     pub tmp: Temporary,
 }
@@ -64,11 +60,6 @@ pub struct Kept<'g, 's> {
     records: Vec<(ExpertId, Record<'s>)>,
 }
 
-/// Pieces of the ring of records, for records of so many bytes.
-pub fn records(record_bytes: u64) -> u64 {
-    RECORDS_BYTES.checked_div(record_bytes).map_or(0, |count| count.clamp(RECORDS[0], RECORDS[1]))
-}
-
 /// Bytes of a piece for what is small: a token's words, or a table of places, ranks and a vector.
 pub fn note_bytes(layout: &Layout, shape: &Shape) -> u64 {
     let ranks = layout.at("NORMED_AT") - layout.at("RANKS_AT");
@@ -77,7 +68,7 @@ pub fn note_bytes(layout: &Layout, shape: &Shape) -> u64 {
 
 /// Bytes of both rings.
 pub fn bytes(layout: &Layout, shape: &Shape, record_bytes: u64) -> u64 {
-    records(record_bytes) * record_bytes + NOTES as u64 * note_bytes(layout, shape)
+    uploads_bytes(record_bytes) + NOTES as u64 * note_bytes(layout, shape)
 }
 
 /// The router's choice for a token, on its way here.
@@ -96,7 +87,7 @@ impl Tiers {
         shape: &Shape,
         (record_bytes, misses): (u64, Misses),
     ) -> Result<Self> {
-        let count = records(record_bytes) as usize;
+        let count = upload_records(record_bytes) as usize;
         let none = || AtomicU64::new(0);
         let computed_eighths = if misses == Misses::Cpu { SHARES } else { 0 };
         Ok(Self {
@@ -266,7 +257,7 @@ impl Gpu {
         };
         let mut sum = vec![0.0; self.shape.hidden];
         let mut timing = Timing::default();
-        let Processor { scratch, tmp } = &mut busy.processor;
+        let Workspace { scratch, tmp } = &mut busy.workspace;
         let buffers = (scratch, tmp, &mut timing);
         add_experts(host.compute, &one, fetch, buffers, &mut used, &mut sum)?;
         let ns = timing.stage(Stage::Experts).ns;
