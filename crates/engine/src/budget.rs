@@ -10,6 +10,7 @@ use std::fmt;
 use crate::container::Container;
 use crate::engine::Options;
 use crate::error::{Error, Result};
+use crate::gpu::uploads_bytes;
 use crate::kv_cache::KvShape;
 use crate::machine;
 use crate::memory::Block;
@@ -233,6 +234,10 @@ fn fixed_lines(demand: &Demand, options: &Options, context: usize) -> Vec<Line> 
         Line { name: "scratch and logits", bytes: sessions * scratch + together },
         Line { name: "tokenizer and program", bytes: PROGRAM_BYTES + options.other_bytes },
     ];
+    if options.gpu.is_some() {
+        // Where the driver puts it is its own business: it is planned here and in video memory.
+        lines.push(Line { name: "uploads to the GPU", bytes: uploads_bytes(demand.slot_bytes) });
+    }
     if options.kept_bytes > 0 {
         lines.push(Line { name: "kept prefixes", bytes: options.kept_bytes });
     }

@@ -12,7 +12,7 @@ use crate::budget::{Budget, Demand};
 use crate::compute::{Arithmetic, Compute, Kin};
 use crate::container::{Container, RecordLayout};
 use crate::error::{Error, Result};
-use crate::gpu::{Gpu, GpuOptions};
+use crate::gpu::{Gpu, GpuOptions, Host};
 use crate::kv_cache::{KvFormat, KvShape};
 use crate::layer::lookahead::Lookahead;
 use crate::machine;
@@ -110,7 +110,7 @@ impl Engine {
         let budget = Budget::plan(&container, options)?;
         let mut weights = Weights::load(&container)?;
         let open = |wanted| Gpu::open(&container, &mut weights, options, wanted);
-        let gpu = options.gpu.as_ref().map(open).transpose()?;
+        let mut gpu = options.gpu.as_ref().map(open).transpose()?;
         if gpu.is_some() {
             weights.keep_embedding();
         }
@@ -134,8 +134,8 @@ impl Engine {
             arithmetic: options.arithmetic,
             kin,
         });
-        if let Some(gpu) = &gpu {
-            gpu.fill(&store)?;
+        if let Some(gpu) = &mut gpu {
+            gpu.prepare(&Host { store: &store, compute: &compute })?;
         }
         let options = options.clone();
         Ok(Self { container, budget, options, weights, store, compute, strangers, gpu })
@@ -174,6 +174,11 @@ impl Engine {
     /// The GPU that computes, if one does.
     pub fn gpu(&self) -> Option<&Gpu> {
         self.gpu.as_ref()
+    }
+
+    /// What a device is fed from.
+    pub(crate) fn host(&self) -> Host<'_> {
+        Host { store: &self.store, compute: &self.compute }
     }
 
     /// Layout of the expert records of a layer that has experts.

@@ -8,12 +8,14 @@ mod asked;
 
 use std::fmt;
 
-pub use asked::{ChunkInput, GpuOptions, Logits, NO_ADAPTER, Token, VideoBudget, Watch};
+pub use asked::{
+    ChunkInput, GpuCounters, GpuOptions, Host, Logits, MissPlan, MissRates, Misses, NO_ADAPTER,
+    Token, VideoBudget, Watch, uploads_bytes,
+};
 
 use crate::container::Container;
 use crate::engine::Options;
 use crate::error::{Error, Result};
-use crate::store::ExpertStore;
 use crate::timing::Timing;
 use crate::weights::Weights;
 
@@ -62,8 +64,18 @@ impl Gpu {
         match *self {}
     }
 
-    /// Brings all experts in.
-    pub fn fill(&self, _: &ExpertStore) -> Result<()> {
+    /// What was done to feed it.
+    pub fn counters(&self) -> GpuCounters {
+        match *self {}
+    }
+
+    /// What it does about missing experts.
+    pub fn misses(&self) -> MissPlan {
+        match *self {}
+    }
+
+    /// Makes it ready.
+    pub fn prepare(&mut self, _: &Host) -> Result<()> {
         match *self {}
     }
 
@@ -90,7 +102,7 @@ impl Gpu {
     /// Takes a token.
     pub fn step(
         &self,
-        _: &ExpertStore,
+        _: &Host,
         _: &Timeline,
         _: &Token,
         _: Logits,
@@ -107,7 +119,7 @@ impl Gpu {
     /// Takes several tokens.
     pub fn chunk(
         &self,
-        _: &ExpertStore,
+        _: &Host,
         _: &Timeline,
         _: &ChunkInput,
         _: &mut [f32],

@@ -8,15 +8,16 @@ use std::env;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use flash_moe_engine::Arithmetic;
 use flash_moe_engine::container::Container;
 use flash_moe_engine::engine::{Engine, Options};
-use flash_moe_engine::gpu::{GpuOptions, adapters};
+use flash_moe_engine::gpu::{GpuOptions, Misses, adapters};
 use flash_moe_engine::kv_cache::KvFormat;
 use flash_moe_engine::session::Session;
-use flash_moe_engine::shape::TokenId;
-use flash_moe_engine::store::IoMode;
+use flash_moe_engine::shape::{ExpertId, LayerId, TokenId};
+use flash_moe_engine::store::{ExpertStore, IoMode};
 use flash_moe_engine::trace::{Trace, Values};
 
 /// Largest difference of any value from the CPU's in f32; the logits' spread is 3.
@@ -53,13 +54,62 @@ fn options(gpu: Option<GpuOptions>) -> Options {
 }
 
 fn open(options: &Options) -> Arc<Engine> {
-    let container = Container::open(&tiny()).expect("the built-in model");
+    open_at(&tiny(), options)
+}
+
+fn open_at(dir: &Path, options: &Options) -> Arc<Engine> {
+    let container = Container::open(dir).expect("the built-in model");
     Arc::new(Engine::open(container, options).unwrap_or_else(|e| panic!("{e}")))
 }
 
 fn on(adapter: usize) -> Option<GpuOptions> {
-    let memory_bytes = Some(600 << 20);
-    Some(GpuOptions { adapter: Some(adapter), memory_bytes, ..GpuOptions::default() })
+    Some(GpuOptions {
+        adapter: Some(adapter),
+        memory_bytes: Some(600 << 20),
+        misses: Misses::Upload,
+        ..GpuOptions::default()
+    })
+}
+
+/// A copy of the built-in model whose last layer of experts can come up short for a while.
+struct Breakable {
+    file: PathBuf,
+    bytes: Vec<u8>,
+}
+
+fn breakable(to: &Path) -> Breakable {
+    let mut last = None;
+    for entry in walk(&tiny()) {
+        let name = entry.strip_prefix(tiny()).expect("inside");
+        let copy = to.join(name);
+        std::fs::create_dir_all(copy.parent().expect("a parent")).expect("a directory");
+        std::fs::copy(&entry, &copy).expect("a copy");
+        if name.starts_with("experts") {
+            last = last.max(Some(copy));
+        }
+    }
+    let file = last.expect("a layer of experts");
+    Breakable { bytes: std::fs::read(&file).expect("the layer"), file }
+}
+
+fn walk(dir: &Path) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(dir).expect("a directory").map(|e| e.expect("an entry").path());
+    entries.flat_map(|path| if path.is_dir() { walk(&path) } else { vec![path] }).collect()
+}
+
+impl Breakable {
+    fn cut(&self) {
+        std::fs::OpenOptions::new()
+            .write(true)
+            .open(&self.file)
+            .expect("it")
+            .set_len(10)
+            .expect("cut");
+    }
+
+    fn mend(&self) {
+        std::fs::write(&self.file, &self.bytes).expect("the layer");
+    }
 }
 
 fn token(i: usize) -> TokenId {
@@ -136,18 +186,186 @@ fn keys_and_values_in_halves_are_those_of_the_cpu() {
     }
 }
 
+/// The same with so many slots in each layer, missing experts as they are said to be had.
+fn with_misses(whole: &Engine, slots: usize, misses: Misses) -> Options {
+    let mut options = with_slots(whole, slots);
+    options.gpu.as_mut().expect("a GPU").misses = misses;
+    options
+}
+
+/// The same with so many slots in each layer.
+fn with_slots(whole: &Engine, slots: usize) -> Options {
+    let plan = whole.gpu().expect("a GPU").budget();
+    let mut options = whole.options().clone();
+    let bytes = plan.fixed_bytes() + slots as u64 * plan.slot_bytes;
+    options.gpu.as_mut().expect("a GPU").memory_bytes = Some(bytes);
+    options
+}
+
 #[test]
 fn experts_that_stream_give_the_bits_of_experts_that_stay() {
     for adapter in all_adapters() {
         let whole = open(&options(on(adapter)));
-        let plan = whole.gpu().expect("a GPU").budget().clone();
-        assert!(plan.resident);
-        let slots = whole.top_k() as u64 + 1;
-        let bytes = plan.fixed_bytes() + slots * plan.slot_bytes;
-        let small = on(adapter).map(|gpu| GpuOptions { memory_bytes: Some(bytes), ..gpu });
-        let streamed = open(&options(small));
-        assert_eq!(streamed.gpu().expect("a GPU").budget().slots_each as u64, slots);
-        assert!(logits(&streamed, 20) == logits(&whole, 20), "other bits");
+        assert!(whole.gpu().expect("a GPU").budget().resident);
+        let expected = logits(&whole, 20);
+        let (top_k, experts) = (whole.top_k(), whole.shape().moe.experts);
+        for slots in [top_k, top_k + 1, experts / 2, experts - 1] {
+            let streamed = open(&with_slots(&whole, slots));
+            assert_eq!(streamed.gpu().expect("a GPU").budget().slots_each, slots);
+            assert!(logits(&streamed, 20) == expected, "other bits with {slots} slots");
+            assert!(streamed.gpu().expect("a GPU").counters().uploads > experts as u64);
+        }
+    }
+}
+
+#[test]
+fn the_processor_computes_what_video_memory_misses() {
+    for adapter in all_adapters() {
+        let whole = open(&options(on(adapter)));
+        let expected = logits(&whole, 20);
+        let (top_k, experts) = (whole.top_k(), whole.shape().moe.experts);
+        for slots in [top_k, experts / 2] {
+            let engine = open(&with_misses(&whole, slots, Misses::Cpu));
+            let gpu = engine.gpu().expect("a GPU");
+            let own = logits(&engine, 20);
+            let apart = worst(&own, &expected);
+            assert!(apart <= BOUND, "it differs by {apart}");
+            let counters = gpu.counters();
+            assert!(counters.computed > 20, "{counters:?}");
+            // A prompt is the device's own; what is admitted was chosen twice.
+            assert!(counters.admitted > 0 && counters.admitted < counters.computed, "{counters:?}");
+            let again = open(&with_misses(&whole, slots, Misses::Cpu));
+            assert!(logits(&again, 20) == own, "other bits in another run");
+        }
+    }
+}
+
+#[test]
+fn what_is_chosen_again_moves_to_video_memory() {
+    for adapter in all_adapters() {
+        let whole = open(&options(on(adapter)));
+        let engine = open(&with_misses(&whole, whole.shape().moe.experts / 2, Misses::Cpu));
+        let gpu = engine.gpu().expect("a GPU");
+        let mut session = Session::new(&engine);
+        prefill(&mut session, 0..PROMPT);
+        let mut computed = |steps: usize| {
+            let before = gpu.counters().computed;
+            (0..steps).for_each(|_| session.step(token(7)).unwrap_or_else(|e| panic!("{e}")));
+            gpu.counters().computed - before
+        };
+        let (first, last) = (computed(10), [computed(10), computed(10), computed(10)][2]);
+        assert!(last * 2 < first, "{last} after {first}");
+    }
+}
+
+#[test]
+fn who_computes_what_is_missing_is_measured_once() {
+    for adapter in all_adapters() {
+        let whole = open(&options(on(adapter)));
+        let expected = logits(&whole, 6);
+        let engine = open(&with_misses(&whole, whole.top_k(), Misses::Auto));
+        let gpu = engine.gpu().expect("a GPU");
+        let plan = gpu.misses();
+        let rates = plan.rates.expect("measured");
+        assert!(
+            [rates.stage, rates.upload, rates.compute].iter().all(|r| *r > 0.0 && r.is_finite())
+        );
+        assert_eq!(plan.computed_eighths, rates.computed_eighths());
+        assert!(worst(&logits(&engine, 6), &expected) <= BOUND);
+        assert_eq!(gpu.misses(), plan);
+        assert_eq!(gpu.counters().computed > 0, plan.computed_eighths > 0);
+    }
+}
+
+#[test]
+fn a_token_asks_the_driver_for_no_buffer() {
+    for adapter in all_adapters() {
+        let whole = open(&options(on(adapter)));
+        let streamed = open(&with_slots(&whole, whole.top_k()));
+        let shared = open(&with_misses(&whole, whole.top_k(), Misses::Cpu));
+        for engine in [whole, streamed, shared] {
+            let gpu = engine.gpu().expect("a GPU");
+            let mut session = Session::new(&engine);
+            prefill(&mut session, 0..PROMPT);
+            let before = gpu.counters();
+            for i in PROMPT..PROMPT + 6 {
+                session.step(token(i)).unwrap_or_else(|e| panic!("{e}"));
+            }
+            let token = gpu.counters().since(&before);
+            assert_eq!(token.buffers, 0);
+            assert_eq!(token.uploads + token.computed > 0, !gpu.budget().resident);
+        }
+    }
+}
+
+/// Holds every slot of the store, with experts of all layers but the first.
+fn hold(store: &ExpertStore, engine: &Engine) -> Vec<impl Sized> {
+    let mut held = Vec::new();
+    let mut left = store.slots();
+    for layer in (1..engine.shape().layers.len()).map(|i| LayerId(i as u16)) {
+        let count = left.min(engine.shape().moe.experts).min(16);
+        let ids: Vec<ExpertId> = (0..count).map(|i| ExpertId(i as u16)).collect();
+        let mut fetch = store.fetch(layer, &ids);
+        while let Some(record) = fetch.next_in_order().expect("a read") {
+            held.push(record);
+        }
+        left -= count;
+    }
+    assert_eq!(left, 0);
+    held
+}
+
+#[test]
+fn what_is_here_is_handed_over_before_what_is_missing_is_waited_for() {
+    for adapter in all_adapters() {
+        let whole = open(&options(on(adapter)));
+        let small = with_slots(&whole, whole.top_k());
+        let small = Options { memory_bytes: Some(whole.budget().smallest()), ..small };
+        let engine = open(&small);
+        let gpu = engine.gpu().expect("a GPU");
+        let expected = logits(&whole, 1);
+        let mut session = Session::new(&engine);
+        prefill(&mut session, 0..PROMPT);
+        let held = hold(engine.store(), &engine);
+        let before = gpu.counters().submissions;
+        let stepping = std::thread::spawn(move || {
+            session.step(token(PROMPT)).unwrap_or_else(|e| panic!("{e}"));
+            session.logits().to_vec()
+        });
+        // The first layer up to its choice, and the half of it whose experts are here. No read can
+        // end, so nothing else follows.
+        let started = Instant::now();
+        while gpu.counters().submissions < before + 2 {
+            assert!(started.elapsed() < Duration::from_secs(60), "only the choice was handed over");
+            std::thread::yield_now();
+        }
+        assert_eq!(gpu.counters().submissions, before + 2);
+        drop(held);
+        let logits = stepping.join().expect("a token");
+        assert!(logits == expected[expected.len() - logits.len()..], "other bits");
+    }
+}
+
+#[test]
+fn a_failed_read_harms_no_token_after_it() {
+    for adapter in all_adapters() {
+        let whole = open(&options(on(adapter)));
+        let copy = tempfile::tempdir().expect("a directory");
+        let layer = breakable(copy.path());
+        let engine = open_at(copy.path(), &with_slots(&whole, whole.top_k()));
+        let mut session = Session::new(&engine);
+        prefill(&mut session, 0..PROMPT);
+        let kept = session.checkpoint().expect("a whole session");
+        engine.store().forget();
+        layer.cut();
+        let error = session.step(token(PROMPT)).expect_err("a failed read").to_string();
+        assert!(error.contains("layer") && error.contains("expert"), "{error}");
+        layer.mend();
+        session.restore(&kept).expect("the same engine");
+        let expected = logits(&whole, 1);
+        session.step(token(PROMPT)).unwrap_or_else(|e| panic!("{e}"));
+        let own = session.logits();
+        assert!(*own == expected[expected.len() - own.len()..], "other bits");
     }
 }
 
@@ -192,11 +410,10 @@ fn what_the_device_cannot_do_is_refused_with_what_can() {
         assert!(said.contains("f32 or f16"), "{said}");
         let said = refusal(&Options { arithmetic: Arithmetic::Fast8, ..options(on(adapter)) });
         assert!(said.contains("int8"), "{said}");
-        let little = GpuOptions { memory_bytes: Some(64 << 20), ..on(adapter).expect("options") };
-        let said = refusal(&options(Some(little)));
+        let with = |bytes| on(adapter).map(|gpu| GpuOptions { memory_bytes: Some(bytes), ..gpu });
+        let said = refusal(&options(with(64 << 20)));
         assert!(said.contains("--gpu-memory ") && said.contains("dense weights"), "{said}");
-        let beyond = GpuOptions { adapter: Some(99), ..GpuOptions::default() };
-        let said = refusal(&options(Some(beyond)));
+        let said = refusal(&options(on(99)));
         assert!(said.contains("flash-moe devices"), "{said}");
     }
 }

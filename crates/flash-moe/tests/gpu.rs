@@ -34,6 +34,38 @@ fn agrees(variants: &[&str], bits: &[&str]) {
     }
 }
 
+/// With one slot more than a token needs, and the processor computing what is missing.
+fn agrees_with_few_slots(variants: &[&str], bits: &[&str]) {
+    if !there_is_one() {
+        return;
+    }
+    for variant in variants {
+        let model = Model::convert(variant, bits, GPU);
+        let whole = model.answers(&[]);
+        let number = |name: &str| whole["video_memory"][name].as_u64().expect("a number");
+        let top_k = whole["settings"]["experts_per_token"].as_u64().expect("a number");
+        let bytes = number("fixed_bytes") + (top_k + 1) * number("slot_bytes");
+        let few = ["--gpu-memory", &bytes.to_string(), "--gpu-misses", "cpu"];
+        let summary = model.answers(&few);
+        let video = &summary["video_memory"];
+        assert_eq!(video["slots"], top_k + 1, "{video}");
+        assert!(video["decode"]["computed"].as_u64() > Some(0), "{video}");
+        model.agrees(&few);
+        let video = &model.answers(&["--gpu-memory", &bytes.to_string(), "--gpu-misses", "upload"])
+            ["video_memory"];
+        assert!(video["decode"]["uploads"].as_u64() > Some(0), "{video}");
+        assert_eq!(video["computed"], 0, "{video}");
+    }
+}
+
+#[test]
+fn every_variant_with_few_slots_on_a_gpu() {
+    let plain =
+        ["q35-r4", "q35-r2", "q3next", "q3next-dense", "q3moe", "q3moe-yarn", "q3moe-dense"];
+    agrees_with_few_slots(&plain, &PLAIN);
+    agrees_with_few_slots(&["q35-r4-q4", "q35-r4-q2"], &[]);
+}
+
 #[test]
 fn qwen35_on_a_gpu() {
     agrees(&["q35-r4", "q35-r2"], &PLAIN);
@@ -85,6 +117,8 @@ fn devices_and_refusals_say_what_to_do() {
     };
     let said = refused(&["--device", "cpu", "--gpu-memory", "1GiB"]);
     assert!(said.contains("--gpu-memory needs a GPU"), "{said}");
+    let said = refused(&["--device", "cpu", "--gpu-misses", "cpu"]);
+    assert!(said.contains("--gpu-misses needs a GPU"), "{said}");
     let said = refused(&["--device", "gpu:7"]);
     assert!(said.contains("flash-moe: gpu: "), "{said}");
 }

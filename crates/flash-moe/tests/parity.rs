@@ -6,6 +6,7 @@
 
 use crate::fixture::{Golden, golden, write_checkpoint};
 use crate::program::{Home, TraceFile, id_list, text};
+use serde_json::Value;
 
 /// In what numbers activations meet the weights, and how far from the reference that may lead.
 #[derive(Clone, Copy)]
@@ -47,18 +48,30 @@ impl Model {
     }
 
     fn trace(&self, ids: &[u32], max_tokens: &str, extra: &[&str]) -> (Vec<u32>, TraceFile) {
-        let (model, trace) = (text(&self.home.path("container")), self.home.path("t.safetensors"));
-        let prompt = self.home.write("prompt.ids", id_list(ids));
+        let trace = self.home.path("t.safetensors");
         let trace_path = text(&trace);
+        let summary = self.run(ids, max_tokens, &[&["--trace", &trace_path], extra].concat());
+        (generated(&summary), TraceFile::open(&trace))
+    }
+
+    fn run(&self, ids: &[u32], max_tokens: &str, extra: &[&str]) -> Value {
+        let model = text(&self.home.path("container"));
+        let prompt = self.home.write("prompt.ids", id_list(ids));
         let mut args = vec!["--model", &model, "--prompt-tokens", &prompt, "--greedy"];
         args.extend_from_slice(&["--ignore-eos", "--max-tokens", max_tokens]);
-        args.extend_from_slice(&["--memory", "2GiB", "--context", "512", "--trace", &trace_path]);
+        args.extend_from_slice(&["--memory", "2GiB", "--context", "512"]);
         args.extend_from_slice(self.numbers.flags);
         args.extend_from_slice(extra);
-        let summary = self.home.json(&args);
-        let generated = summary["generated_tokens"].as_array().expect("generated_tokens");
-        let generated = generated.iter().map(|id| id.as_u64().expect("an id") as u32).collect();
-        (generated, TraceFile::open(&trace))
+        self.home.json(&args)
+    }
+
+    /// Runs the golden's prompt without a trace and compares the greedy tokens; gives the summary.
+    pub fn answers(&self, extra: &[&str]) -> Value {
+        let prompt = self.golden.integers("input_ids").values;
+        let summary = self.run(&prompt, GREEDY, extra);
+        let expected = self.golden.integers("greedy_ids").values;
+        assert_eq!(generated(&summary), expected, "{extra:?}: greedy tokens");
+        summary
     }
 
     /// Runs the golden's prompt and compares everything the golden holds.
@@ -128,6 +141,11 @@ impl Model {
         let worst = ours.iter().zip(&theirs).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
         assert!(worst <= self.numbers.tolerance, "{name}: differs by {worst}");
     }
+}
+
+fn generated(summary: &Value) -> Vec<u32> {
+    let generated = summary["generated_tokens"].as_array().expect("generated_tokens");
+    generated.iter().map(|id| id.as_u64().expect("an id") as u32).collect()
 }
 
 /// The last token's row of each layer, `[layers][tokens][width]` to `[layers][width]`.

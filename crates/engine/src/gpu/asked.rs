@@ -7,10 +7,27 @@ use std::fmt;
 use std::path::PathBuf;
 
 use crate::budget::{Line, gib};
+use crate::compute::Compute;
+use crate::store::ExpertStore;
 
 /// What to do where there is nothing to list.
 pub const NO_ADAPTER: &str = "no GPU: neither a Vulkan loader with a driver (on Debian libvulkan1 and \
     the card's own driver or mesa-vulkan-drivers), nor Metal, nor Direct3D 12; --device cpu needs none";
+
+/// Bytes of records on their way to a device, as far as their number allows.
+const UPLOADS_BYTES: u64 = 64 << 20;
+/// Records on their way, at least and at most.
+const UPLOADS: [u64; 2] = [4, 32];
+
+/// Records of so many bytes that have memory on their way to a device.
+pub fn upload_records(record_bytes: u64) -> u64 {
+    UPLOADS_BYTES.checked_div(record_bytes).map_or(0, |count| count.clamp(UPLOADS[0], UPLOADS[1]))
+}
+
+/// Bytes of that memory.
+pub fn uploads_bytes(record_bytes: u64) -> u64 {
+    upload_records(record_bytes) * record_bytes
+}
 
 /// What a user decides about the GPU.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
@@ -23,6 +40,102 @@ pub struct GpuOptions {
     pub kernels_dir: Option<PathBuf>,
     /// Whether the device's clock times every stage, which costs a few hundredths of the speed.
     pub timed: bool,
+    /// Who computes an expert that is in memory and not in video memory.
+    pub misses: Misses,
+}
+
+/// What is done about an expert that a token needs and video memory does not have.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Misses {
+    /// As the rates say that are measured once, when the model opens.
+    #[default]
+    Auto,
+    /// It is uploaded.
+    Upload,
+    /// The processor computes it.
+    Cpu,
+}
+
+impl Misses {
+    /// Its name, as the flag has it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Upload => "upload",
+            Self::Cpu => "cpu",
+        }
+    }
+}
+
+/// Speed of what a missing expert can take, in bytes of records a second.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct MissRates {
+    /// Copied into memory that the device copies from.
+    pub stage: f64,
+    /// From there to video memory.
+    pub upload: f64,
+    /// Computed by the processor.
+    pub compute: f64,
+}
+
+/// Parts into which a layer's missing experts are shared out.
+pub const SHARES: usize = 8;
+
+impl MissRates {
+    /// The part of a layer's missing experts, in eighths, that the processor computes so that all are
+    /// done soonest.
+    ///
+    /// Staging comes first and keeps the processor busy, then upload and computing go on side by side.
+    /// With a part c of one byte computed that takes (1 - c) / stage + max((1 - c) / upload, c / compute):
+    /// least where the two meet, unless computing is quicker than staging already.
+    pub fn computed_eighths(&self) -> usize {
+        if self.compute >= self.stage {
+            return SHARES;
+        }
+        let part = self.compute / (self.compute + self.upload);
+        (part * SHARES as f64).round() as usize
+    }
+}
+
+/// What is done about missing experts, and why.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct MissPlan {
+    /// What was asked for.
+    pub misses: Misses,
+    /// Eighths of a layer's missing experts that the processor computes.
+    pub computed_eighths: usize,
+    /// What was measured, where it was.
+    pub rates: Option<MissRates>,
+}
+
+impl MissPlan {
+    /// Of so many missing experts those that the processor computes.
+    pub fn computed(&self, missing: usize) -> usize {
+        (missing * self.computed_eighths + SHARES / 2) / SHARES
+    }
+}
+
+impl fmt::Display for MissPlan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let computed = self.computed_eighths;
+        match computed {
+            0 => write!(f, "experts that video memory misses are uploaded")?,
+            SHARES => write!(f, "experts that video memory misses are computed by the processor")?,
+            _ => write!(
+                f,
+                "of a layer's experts that video memory misses the processor computes {computed} eighths"
+            )?,
+        }
+        let Some(rates) = self.rates else {
+            return write!(f, " (--gpu-misses {})", self.misses.name());
+        };
+        let [stage, upload, compute] =
+            [rates.stage, rates.upload, rates.compute].map(|rate| rate / 1e9);
+        write!(
+            f,
+            " (measured: staging {stage:.1} GB/s, upload {upload:.1} GB/s, processor {compute:.1} GB/s)"
+        )
+    }
 }
 
 /// The plan of a model's video memory.
@@ -69,6 +182,52 @@ impl fmt::Display for VideoBudget {
     }
 }
 
+/// What was done to feed the device, since it was opened.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+pub struct GpuCounters {
+    /// Records brought to video memory.
+    pub uploads: u64,
+    /// Their bytes.
+    pub upload_bytes: u64,
+    /// Records that were brought after the processor had computed them.
+    pub admitted: u64,
+    /// Records that the processor computed.
+    pub computed: u64,
+    /// Time that it took, in nanoseconds.
+    pub compute_ns: u64,
+    /// How often a ring had nothing free and the oldest upload was waited for.
+    pub waits: u64,
+    /// Submissions.
+    pub submissions: u64,
+    /// Buffers that the driver was asked for.
+    pub buffers: u64,
+}
+
+impl GpuCounters {
+    /// What happened since `before`.
+    pub fn since(&self, before: &Self) -> Self {
+        Self {
+            uploads: self.uploads - before.uploads,
+            upload_bytes: self.upload_bytes - before.upload_bytes,
+            admitted: self.admitted - before.admitted,
+            computed: self.computed - before.computed,
+            compute_ns: self.compute_ns - before.compute_ns,
+            waits: self.waits - before.waits,
+            submissions: self.submissions - before.submissions,
+            buffers: self.buffers - before.buffers,
+        }
+    }
+}
+
+/// What a device is fed from.
+#[derive(Clone, Copy)]
+pub struct Host<'a> {
+    /// Records in memory and on disk.
+    pub store: &'a ExpertStore,
+    /// The processor's threads and kernels.
+    pub compute: &'a Compute,
+}
+
 /// What the kernels of a token are told.
 pub struct Token<'a> {
     /// Its embedding, `[hidden]`.
@@ -102,4 +261,29 @@ pub struct ChunkInput<'a> {
     pub sin: &'a [f32],
     /// Position of the first.
     pub position: usize,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_processor_takes_what_makes_both_end_together() {
+        let rates = |stage, upload, compute| MissRates { stage, upload, compute };
+        assert_eq!(rates(40.0, 10.0, 10.0).computed_eighths(), 4);
+        assert_eq!(rates(40.0, 30.0, 10.0).computed_eighths(), 2);
+        assert_eq!(rates(40.0, 30.0, 0.1).computed_eighths(), 0);
+        // What is computed quicker than it is copied is not copied.
+        assert_eq!(rates(8.0, 30.0, 10.0).computed_eighths(), SHARES);
+    }
+
+    #[test]
+    fn a_share_of_the_missing_experts_is_a_number_of_them() {
+        let computed = |computed_eighths, missing| {
+            MissPlan { misses: Misses::Auto, computed_eighths, rates: None }.computed(missing)
+        };
+        assert_eq!([0, 1, 2, 5, 8].map(|n| computed(3, n)), [0, 0, 1, 2, 3]);
+        assert_eq!([0, 1, 8].map(|n| computed(0, n)), [0, 0, 0]);
+        assert_eq!([0, 1, 8].map(|n| computed(SHARES, n)), [0, 1, 8]);
+    }
 }

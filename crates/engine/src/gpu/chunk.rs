@@ -1,13 +1,15 @@
 //! A chunk of a prompt on the device, its tokens together.
 //!
 //! Every matrix is multiplied by all tokens at once; the choice of experts comes back once a layer, the
-//! tokens are sorted by expert here, and every expert is multiplied by all of its tokens, as many experts
-//! at a time as a layer has slots. Outputs are kept apart and added up in the router's order, so neither
-//! the number of slots nor what was in them changes a bit.
+//! tokens are sorted by expert here, and every expert is multiplied by all of its tokens: those that have a
+//! slot at once, the others in waves as their records come in, one wave uploaded while the one before it is
+//! computed. Outputs are kept apart and added up in the router's order, so neither the number of slots nor
+//! what was in them changes a bit.
 
 use wgpu::{BindGroup, Buffer, ComputePass, ComputePipeline};
 
-use super::clock::Work;
+use super::asked::Host;
+use super::clock::{Commands, Work};
 use super::dense::bytes_of;
 use super::kernels::{ChunkKernels, Compiler, Gemm};
 use super::layout::{ATTEND_ROWS, DELTA_TOKENS, Layout, SHORT_PAIRS, short_tiles_at, top_k};
@@ -17,7 +19,6 @@ use super::timeline::LayerMemory;
 use super::{ChunkInput, Experts, Feeding, Gpu, Layer, Mixing, Part, Timeline, Watch};
 use crate::error::Result;
 use crate::shape::ExpertId;
-use crate::store::{ExpertStore, Purpose};
 use crate::timing::Stage;
 
 /// Bytes of the scratch of a chunk at most: a chunk that needs more is taken in parts.
@@ -58,20 +59,12 @@ pub(super) struct Sorted {
     pub(super) short: Vec<[u32; 4]>, // likewise
     pub(super) tokens: Vec<u32>,     // of each pair
     pub(super) places: Vec<u32>,     // of each token's ranks among the pairs
-    experts: Vec<Used>,
-}
-
-/// An expert that is used, and the numbers of its tiles.
-struct Used {
-    expert: ExpertId,
-    tall: usize,
-    short: usize,
+    experts: Vec<ExpertId>,          // those that are used
 }
 
 impl Sorted {
     /// The tiles of so many pairs of an expert: tall ones while they are more than half full.
     fn push(&mut self, expert: ExpertId, mut first: usize, mut pairs: usize) {
-        let before = (self.tall.len(), self.short.len());
         while pairs > 0 {
             let (tile, tiles) = match pairs > SHORT_PAIRS {
                 true => (Tile::Tall, &mut self.tall),
@@ -81,8 +74,13 @@ impl Sorted {
             tiles.push([u32::from(expert.0), first as u32, count as u32, 0]);
             (first, pairs) = (first + count, pairs - count);
         }
-        let (tall, short) = (self.tall.len() - before.0, self.short.len() - before.1);
-        self.experts.push(Used { expert, tall, short });
+        self.experts.push(expert);
+    }
+
+    /// Tall and short tiles of some of the experts, which ascend.
+    fn tiles_of(&self, experts: &[ExpertId]) -> [Vec<[u32; 4]>; 2] {
+        let is_one = |tile: &&[u32; 4]| experts.binary_search(&ExpertId(tile[0] as u16)).is_ok();
+        [&self.tall, &self.short].map(|tiles| tiles.iter().filter(is_one).copied().collect())
     }
 }
 
@@ -159,7 +157,7 @@ impl Gpu {
     /// A failed read of an expert; the device failed.
     pub fn chunk(
         &self,
-        store: &ExpertStore,
+        host: &Host,
         timeline: &Timeline,
         input: &ChunkInput,
         rows: &mut [f32],
@@ -181,13 +179,13 @@ impl Gpu {
             let mut work = self.chunk_work();
             self.mix_rows(&mut work, layer, memory, tokens);
             let Some(watch) = &mut watch else {
-                self.feed_rows(store, layer, tokens, work)?;
+                self.feed_rows(host, layer, tokens, work)?;
                 continue;
             };
-            self.device.submit(work.done());
+            Commands::submit(&self.device, [work.finish()]);
             let mixed = self.look_rows("H_AT", tokens * hidden)?;
             watch("mixer", Some(i), &difference(&mixed, &before));
-            self.feed_rows(store, layer, tokens, self.chunk_work())?;
+            self.feed_rows(host, layer, tokens, self.chunk_work())?;
             if matches!(layer.feed_forward, Feeding::Experts(_)) {
                 let (experts, pairs) = (self.shape.moe.experts, tokens * self.top_k);
                 watch("router_logits", Some(i), &self.look_rows("ROUTER_AT", tokens * experts)?);
@@ -275,13 +273,7 @@ impl Gpu {
     }
 
     /// `h += experts(norm(h))` of every token, behind what is in the encoder already.
-    fn feed_rows(
-        &self,
-        store: &ExpertStore,
-        layer: &Layer,
-        tokens: usize,
-        mut work: Work,
-    ) -> Result<()> {
+    fn feed_rows(&self, host: &Host, layer: &Layer, tokens: usize, mut work: Work) -> Result<()> {
         let k = &self.chunk.kernels;
         let experts = match &layer.feed_forward {
             Feeding::Dense { up, down } => {
@@ -290,7 +282,7 @@ impl Gpu {
                 self.gemm(pass, &k.project, up, tokens);
                 let kernel = k.dense_down.as_ref().expect("compiled where a layer is dense");
                 self.gemm(pass, kernel, down, tokens);
-                self.device.submit(work.done());
+                Commands::submit(&self.device, [work.finish()]);
                 return self.device.check();
             }
             Feeding::Experts(experts) => experts,
@@ -301,16 +293,15 @@ impl Gpu {
         pass.set_pipeline(&k.choose);
         pass.dispatch_workgroups(tokens as u32, 1, 1);
         let chosen = self.read_rows_chosen(work, tokens)?;
-        self.experts_rows(store, experts, &chosen, tokens)
+        self.experts_rows(host, experts, &chosen, tokens)
     }
 
-    fn read_rows_chosen(&self, work: Work, tokens: usize) -> Result<Vec<ExpertId>> {
-        let mut encoder = work.done();
+    fn read_rows_chosen(&self, mut work: Work, tokens: usize) -> Result<Vec<ExpertId>> {
         let bytes = (tokens * self.top_k) as u64 * 4;
         let from = self.chunk.layout.at("CHOSEN_AT") as u64 * 4;
         let landing = &self.chunk.landing;
-        encoder.copy_buffer_to_buffer(&self.chunk.scratch, from, landing, 0, bytes);
-        self.device.submit(encoder);
+        work.encoder().copy_buffer_to_buffer(&self.chunk.scratch, from, landing, 0, bytes);
+        Commands::submit(&self.device, [work.finish()]);
         self.device.landed(landing, bytes, |landed| {
             let ids = bytemuck::cast_slice::<u8, u32>(landed).iter();
             ids.map(|id| ExpertId(*id as u16)).collect()
@@ -319,7 +310,7 @@ impl Gpu {
 
     fn experts_rows(
         &self,
-        store: &ExpertStore,
+        host: &Host,
         experts: &Experts,
         chosen: &[ExpertId],
         tokens: usize,
@@ -332,20 +323,30 @@ impl Gpu {
         self.device.write(&self.chunk.scratch, at, bytemuck::cast_slice(&numbers));
         self.list(tokens_at, &sorted.tokens);
         self.list(places_at, &sorted.places);
-        let (mut tall, mut short) = (&sorted.tall[..], &sorted.short[..]);
-        for wave in sorted.experts.chunks(self.budget.slots_each) {
-            let ids: Vec<ExpertId> = wave.iter().map(|used| used.expert).collect();
-            self.bring(store, experts, &ids, Purpose::Scan)?;
-            let (talls, talls_later) = tall.split_at(wave.iter().map(|used| used.tall).sum());
-            let (shorts, shorts_later) = short.split_at(wave.iter().map(|used| used.short).sum());
-            (tall, short) = (talls_later, shorts_later);
-            let mut work = self.chunk_work();
-            self.wave(&mut work, experts, wave.len(), [talls, shorts]);
-            if tall.is_empty() && short.is_empty() {
-                self.join(&mut work, experts, tokens);
-            }
-            self.device.submit(work.done());
+        let slots = &experts.slots;
+        let (here, missing): (Vec<ExpertId>, Vec<ExpertId>) =
+            sorted.experts.iter().partition(|expert| slots.holds(**expert));
+        let claim = slots.claim(&self.device, here.iter().copied());
+        let mut work = self.chunk_work();
+        self.wave(&mut work, experts, here.len(), &sorted.tiles_of(&here));
+        if !missing.is_empty() {
+            Commands::submit(&self.device, [work.finish()]);
+            drop(claim);
+            self.pass(host, slots, &missing, &|| self.chunk_work(), &mut |work, part| {
+                let part = &missing[part];
+                self.wave(work, experts, part.len(), &sorted.tiles_of(part));
+            })?;
+            work = self.chunk_work();
         }
+        let k = &self.chunk.kernels;
+        let pass = work.stage(Stage::Experts, 0);
+        pass.set_pipeline(&k.join);
+        pass.set_bind_group(1, &self.chunk.lists_group, &[]);
+        pass.dispatch_workgroups(tokens as u32, 1, 1);
+        if let (Some(shared), Some(kernel)) = (&experts.shared, &k.shared_down) {
+            self.gemm(pass, kernel, std::slice::from_ref(shared), tokens);
+        }
+        Commands::submit(&self.device, [work.finish()]);
         self.device.check()
     }
 
@@ -354,14 +355,16 @@ impl Gpu {
         self.device.write(&self.chunk.lists, at as u64 * 4, bytemuck::cast_slice(words));
     }
 
-    /// The products of experts that are in their slots: tall tiles, then short ones.
-    fn wave(&self, work: &mut Work, experts: &Experts, used: usize, tiles: [&[[u32; 4]]; 2]) {
+    /// The products of experts that are in their slots by then: tall tiles, then short ones. The tiles are
+    /// on the device before anything that is handed over next.
+    fn wave(&self, work: &mut Work, experts: &Experts, used: usize, tiles: &[Vec<[u32; 4]>; 2]) {
+        if used == 0 {
+            return;
+        }
         let kernels = &self.chunk.kernels.experts[experts.kernels];
-        let pairs = self.chunk.layout.pairs();
         self.list(0, tiles[0].as_flattened());
-        self.list(short_tiles_at(pairs), tiles[1].as_flattened());
-        let record = self.kernels.experts[experts.kernels].slabs.layout.record_bytes();
-        let pass = work.stage(Stage::Experts, (used * record) as u64);
+        self.list(short_tiles_at(self.chunk.layout.pairs()), tiles[1].as_flattened());
+        let pass = work.stage(Stage::Experts, (used * experts.slots.record_bytes()) as u64);
         pass.set_bind_group(1, &experts.slots.group, &[]);
         pass.set_bind_group(2, &self.chunk.lists_group, &[]);
         let rows = [self.shape.moe.width, self.shape.hidden];
@@ -375,24 +378,12 @@ impl Gpu {
         }
     }
 
-    /// The sum of each token's experts, and the shared one.
-    fn join(&self, work: &mut Work, experts: &Experts, tokens: usize) {
-        let k = &self.chunk.kernels;
-        let pass = work.stage(Stage::Experts, 0);
-        pass.set_pipeline(&k.join);
-        pass.set_bind_group(1, &self.chunk.lists_group, &[]);
-        pass.dispatch_workgroups(tokens as u32, 1, 1);
-        if let (Some(shared), Some(kernel)) = (&experts.shared, &k.shared_down) {
-            self.gemm(pass, kernel, std::slice::from_ref(shared), tokens);
-        }
-    }
-
     fn look_rows(&self, name: &str, words: usize) -> Result<Vec<f32>> {
-        let mut encoder = self.device.encoder();
+        let mut work = self.chunk_work();
         let (from, bytes) = (self.chunk.layout.at(name) as u64 * 4, words as u64 * 4);
         let landing = &self.chunk.landing;
-        encoder.copy_buffer_to_buffer(&self.chunk.scratch, from, landing, 0, bytes);
-        self.device.submit(encoder);
+        work.encoder().copy_buffer_to_buffer(&self.chunk.scratch, from, landing, 0, bytes);
+        Commands::submit(&self.device, [work.finish()]);
         self.device.landed(landing, bytes, |landed| bytemuck::cast_slice(landed).to_vec())
     }
 
@@ -403,7 +394,7 @@ impl Gpu {
     pub fn logits(&self, h: &[f32], logits: &mut [f32]) -> Result<()> {
         let _scratch = self.lock();
         self.device.write(&self.scratch, 0, bytemuck::cast_slice(h));
-        self.finish(super::Logits::Into(logits), self.work())
+        self.finish(super::Logits::Into(logits), Vec::new(), self.work())
     }
 }
 
@@ -419,7 +410,9 @@ mod tests {
         assert!(sorted.tall.is_empty());
         assert_eq!(sorted.tokens, [1, 0, 1, 0, 2, 2]);
         assert_eq!(sorted.places, [3, 1, 2, 0, 4, 5]);
-        assert_eq!(sorted.experts.len(), 4);
+        assert_eq!(sorted.experts, [0, 2, 5, 7].map(ExpertId));
+        let some = sorted.tiles_of(&[2, 7].map(ExpertId));
+        assert_eq!(some, [vec![], vec![[2, 1, 2, 0], [7, 5, 1, 0]]]);
     }
 
     #[test]

@@ -6,9 +6,13 @@
 
 use std::sync::{Mutex, PoisonError};
 
-use wgpu::{BindGroup, Buffer, CommandEncoder, ComputePass, ComputePassDescriptor};
+use wgpu::{
+    BindGroup, Buffer, CommandBuffer, CommandEncoder, ComputePass, ComputePassDescriptor,
+    SubmissionIndex,
+};
 
 use super::device::Device;
+use super::ring::Piece;
 use crate::error::Result;
 use crate::timing::{Stage, Timing};
 
@@ -64,6 +68,14 @@ impl Clock {
         })
     }
 
+    /// The last pass of a stage that touches anything touches so many bytes less.
+    pub fn take_off(&self, stage: Stage, bytes: u64) {
+        let mut marks = self.marks.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(mark) = marks.iter_mut().rfind(|mark| mark.0 == stage && mark.1 > 0) {
+            mark.1 = mark.1.saturating_sub(bytes);
+        }
+    }
+
     /// A place for one more pass, while there is one.
     fn mark(&self, stage: Stage, bytes: u64) -> Option<u32> {
         let mut marks = self.marks.lock().unwrap_or_else(PoisonError::into_inner);
@@ -81,12 +93,29 @@ pub struct Work<'g> {
     group: &'g BindGroup,
     encoder: CommandEncoder,
     pass: Option<ComputePass<'static>>,
+    pieces: Vec<Piece<'g>>,
+}
+
+/// Commands that can be handed over, with the memory that they copy from.
+pub struct Commands<'g> {
+    buffer: CommandBuffer,
+    pieces: Vec<Piece<'g>>,
+}
+
+/// Where bytes of a piece go.
+pub struct Way<'a> {
+    /// Bytes to go.
+    pub bytes: u64,
+    /// The buffer they go to.
+    pub buffer: &'a Buffer,
+    /// Where in it.
+    pub to: u64,
 }
 
 impl<'g> Work<'g> {
     /// None yet, on this scratch.
     pub fn new(device: &Device, clock: Option<&'g Clock>, group: &'g BindGroup) -> Self {
-        Self { clock, group, encoder: device.encoder(), pass: None }
+        Self { clock, group, encoder: device.encoder(), pass: None, pieces: Vec::new() }
     }
 
     /// Where the commands of a stage go, which touches so many bytes.
@@ -108,9 +137,60 @@ impl<'g> Work<'g> {
         })
     }
 
-    /// The commands, for copies after them.
-    pub fn done(mut self) -> CommandEncoder {
+    /// For copies behind what there is.
+    pub fn encoder(&mut self) -> &mut CommandEncoder {
         self.pass = None;
-        self.encoder
+        &mut self.encoder
+    }
+
+    /// Brings what lies in a piece, one part behind the other, to the device.
+    pub fn bring<'a>(&mut self, mut piece: Piece<'g>, ways: impl Iterator<Item = Way<'a>>) {
+        self.pass = None;
+        let from = piece.hand_over();
+        let mut at = 0;
+        for way in ways {
+            self.encoder.copy_buffer_to_buffer(from, at, way.buffer, way.to, way.bytes);
+            at += way.bytes;
+        }
+        self.pieces.push(piece);
+    }
+
+    /// The commands.
+    pub fn finish(mut self) -> Commands<'g> {
+        self.pass = None;
+        Commands { buffer: self.encoder.finish(), pieces: self.pieces }
+    }
+}
+
+impl<'g> Commands<'g> {
+    /// Hands commands over, one behind the other.
+    pub fn submit(device: &Device, all: impl IntoIterator<Item = Self>) -> SubmissionIndex {
+        let mut pieces = Vec::new();
+        let buffers = all.into_iter().map(|commands| {
+            pieces.extend(commands.pieces);
+            commands.buffer
+        });
+        let buffers: Vec<CommandBuffer> = buffers.collect();
+        let index = device.submit_all(buffers);
+        pieces.iter_mut().for_each(|piece| piece.last = Some(index.clone()));
+        index
+    }
+
+    /// As [`Commands::submit`], where there are any; none are left.
+    pub fn submit_some(device: &Device, some: &mut Vec<Self>) {
+        if !some.is_empty() {
+            Self::submit(device, some.drain(..));
+        }
+    }
+
+    /// The commands of work that brings nothing.
+    pub fn alone(self) -> CommandBuffer {
+        assert!(self.pieces.is_empty(), "kept commands hold no memory for uploads");
+        self.buffer
+    }
+
+    /// Commands that were kept.
+    pub fn kept(buffer: CommandBuffer) -> Self {
+        Self { buffer, pieces: Vec::new() }
     }
 }

@@ -8,11 +8,12 @@
 
 use std::future::Future;
 use std::pin::pin;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, Waker};
 
 use wgpu::util::DeviceExt;
-use wgpu::{BindGroup, BindGroupLayout, Buffer, BufferUsages, ComputePipeline};
+use wgpu::{BindGroup, BindGroupLayout, Buffer, BufferUsages, ComputePipeline, SubmissionIndex};
 
 use crate::budget::gib;
 use crate::error::{Error, Result};
@@ -21,7 +22,7 @@ use crate::error::{Error, Result};
 pub const TEAM: u32 = 32;
 
 /// Bytes written to the device between two submissions, so that what is staged does not pile up.
-pub const STAGED_BYTES_MAX: u64 = 256 << 20;
+const STAGED_BYTES_MAX: u64 = 256 << 20;
 
 /// A device and its queue.
 pub struct Device {
@@ -29,6 +30,8 @@ pub struct Device {
     queue: wgpu::Queue,
     failure: Arc<Mutex<Option<String>>>,
     pipelines: Option<wgpu::PipelineCache>,
+    submissions: AtomicU64,
+    buffers: AtomicU64,
     /// Whether lanes of a team are lanes of one subgroup.
     pub subgroups: bool,
 }
@@ -76,7 +79,8 @@ impl Device {
         device.set_device_lost_callback(move |reason, message| {
             kept(format!("the device is lost ({reason:?}: {message}); start again"));
         });
-        Ok(Self { device, queue, failure, pipelines: None, subgroups })
+        let [submissions, buffers] = [0, 0].map(AtomicU64::new);
+        Ok(Self { device, queue, failure, pipelines: None, submissions, buffers, subgroups })
     }
 
     /// Compiles from here on with what an earlier run has left, as [`Device::pipelines`] gave it then, and
@@ -147,14 +151,28 @@ impl Device {
         self.allocate("read back", bytes, BufferUsages::MAP_READ | BufferUsages::COPY_DST)
     }
 
+    /// Memory that this program writes, as it may at once, and the device copies from.
+    ///
+    /// # Errors
+    /// As [`Device::buffer`].
+    pub fn staging(&self, name: &str, bytes: u64) -> Result<Buffer> {
+        self.allocate(name, bytes, BufferUsages::MAP_WRITE | BufferUsages::COPY_SRC)
+    }
+
+    /// Submissions so far, and buffers that the driver was asked for.
+    pub fn counts(&self) -> [u64; 2] {
+        [&self.submissions, &self.buffers].map(|count| count.load(Ordering::Relaxed))
+    }
+
     fn allocate(&self, name: &str, bytes: u64, usage: BufferUsages) -> Result<Buffer> {
+        self.buffers.fetch_add(1, Ordering::Relaxed);
         let size = bytes.next_multiple_of(16).max(16);
         self.scoped(&format!("{name}, {}", gib(bytes)), || {
             self.device.create_buffer(&wgpu::BufferDescriptor {
                 label: Some(name),
                 size,
                 usage,
-                mapped_at_creation: false,
+                mapped_at_creation: usage.contains(BufferUsages::MAP_WRITE),
             })
         })
     }
@@ -164,6 +182,7 @@ impl Device {
     /// # Errors
     /// As [`Device::buffer`].
     pub fn filled(&self, name: &str, contents: &[u8]) -> Result<Buffer> {
+        self.buffers.fetch_add(1, Ordering::Relaxed);
         self.scoped(&format!("{name}, {}", gib(contents.len() as u64)), || {
             self.device.create_buffer_init(&wgpu::util::BufferInitDescriptor {
                 label: Some(name),
@@ -199,27 +218,11 @@ impl Device {
         self.queue.get_timestamp_period()
     }
 
-    /// Writes bytes, before everything that is submitted from here on.
+    /// Writes bytes, before everything that is submitted from here on. The driver makes a buffer for
+    /// each call.
     pub fn write(&self, buffer: &Buffer, offset: u64, bytes: &[u8]) {
+        self.buffers.fetch_add(1, Ordering::Relaxed);
         self.queue.write_buffer(buffer, offset, bytes);
-    }
-
-    /// Memory that is written before everything that is submitted after it is dropped.
-    ///
-    /// # Errors
-    /// There is none left, or the device failed.
-    pub fn room(
-        &self,
-        buffer: &Buffer,
-        offset: u64,
-        bytes: u64,
-    ) -> Result<wgpu::QueueWriteBufferView> {
-        let size = std::num::NonZeroU64::new(bytes).expect("something is written");
-        let view = self.queue.write_buffer_with(buffer, offset, size);
-        view.ok_or_else(|| {
-            let why = self.check().err();
-            why.unwrap_or_else(|| Error::Gpu("no memory for a copy to the device".into()))
-        })
     }
 
     /// As [`Device::write`], of much: what is staged is handed over and waited for part by part.
@@ -235,12 +238,9 @@ impl Device {
     }
 
     /// Sees what was written so far to the device.
-    ///
-    /// # Errors
-    /// The device failed.
-    pub fn flush(&self) -> Result<()> {
+    fn flush(&self) -> Result<()> {
         self.queue.submit([]);
-        self.wait()
+        self.wait_for(None)
     }
 
     /// Layouts of a group of buffers that kernels see so.
@@ -334,21 +334,68 @@ impl Device {
     }
 
     /// Hands over what was written before.
-    pub fn submit_all(&self, commands: impl IntoIterator<Item = wgpu::CommandBuffer>) {
-        self.queue.submit(commands);
+    pub fn submit_all(
+        &self,
+        commands: impl IntoIterator<Item = wgpu::CommandBuffer>,
+    ) -> SubmissionIndex {
+        self.submissions.fetch_add(1, Ordering::Relaxed);
+        self.queue.submit(commands)
     }
 
-    /// Waits for everything that was submitted.
+    /// Sees which submissions are over, without waiting.
     ///
     /// # Errors
     /// The device failed.
-    pub fn wait(&self) -> Result<()> {
-        let waited = self.device.poll(wgpu::PollType::wait_indefinitely());
-        self.check()?;
-        waited.map(|_| ()).map_err(|e| Error::Gpu(format!("waiting for the device: {e}")))
+    pub fn poll(&self) -> Result<()> {
+        self.polled(wgpu::PollType::Poll)
     }
 
-    /// Waits, then hands the first `bytes` of a landing buffer to `take`.
+    /// Waits for a submission, or for everything that was submitted.
+    ///
+    /// # Errors
+    /// The device failed.
+    pub fn wait_for(&self, submission_index: Option<SubmissionIndex>) -> Result<()> {
+        self.polled(wgpu::PollType::Wait { submission_index, timeout: None })
+    }
+
+    fn polled(&self, how: wgpu::PollType) -> Result<()> {
+        let polled = self.device.poll(how);
+        self.check()?;
+        polled.map(|_| ()).map_err(|e| Error::Gpu(format!("waiting for the device: {e}")))
+    }
+
+    /// Asks for the first `bytes` of a landing buffer, as what was submitted so far leaves them.
+    pub fn ask(&self, landing: &Buffer, bytes: u64) {
+        let failure = Arc::clone(&self.failure);
+        landing.slice(..bytes).map_async(wgpu::MapMode::Read, move |outcome| {
+            if let Err(error) = outcome {
+                let mut first = failure.lock().unwrap_or_else(PoisonError::into_inner);
+                first.get_or_insert(format!("reading back: {error}"));
+            }
+        });
+    }
+
+    /// Waits for a submission, or for all, then hands what was asked for to `take`.
+    ///
+    /// # Errors
+    /// The device failed.
+    pub fn answer<T>(
+        &self,
+        landing: &Buffer,
+        bytes: u64,
+        submission: Option<SubmissionIndex>,
+        take: impl FnOnce(&[u8]) -> T,
+    ) -> Result<T> {
+        self.wait_for(submission)?;
+        let view = landing.slice(..bytes).get_mapped_range();
+        let view = view.map_err(|e| Error::Gpu(format!("reading back: {e}")))?;
+        let taken = take(&view);
+        drop(view);
+        landing.unmap();
+        Ok(taken)
+    }
+
+    /// Waits for everything, then hands the first `bytes` of a landing buffer to `take`.
     ///
     /// # Errors
     /// The device failed.
@@ -358,21 +405,8 @@ impl Device {
         bytes: u64,
         take: impl FnOnce(&[u8]) -> T,
     ) -> Result<T> {
-        let slice = landing.slice(..bytes);
-        let failure = Arc::clone(&self.failure);
-        slice.map_async(wgpu::MapMode::Read, move |outcome| {
-            if let Err(error) = outcome {
-                let mut first = failure.lock().unwrap_or_else(PoisonError::into_inner);
-                first.get_or_insert(format!("reading back: {error}"));
-            }
-        });
-        self.wait()?;
-        let view =
-            slice.get_mapped_range().map_err(|e| Error::Gpu(format!("reading back: {e}")))?;
-        let taken = take(&view);
-        drop(view);
-        landing.unmap();
-        Ok(taken)
+        self.ask(landing, bytes);
+        self.answer(landing, bytes, None, take)
     }
 
     /// Copies a part of a buffer here.

@@ -174,6 +174,8 @@ impl Layout {
         if let Some(d) = &shape.delta {
             self.place("SQUARES_AT", d.value_heads * d.value_dim / 32);
         }
+        // The sum of the chosen experts that were not computed here.
+        self.place("ELSEWHERE_AT", shape.hidden);
         self.place("LOGITS_AT", shape.vocab);
     }
 

@@ -16,9 +16,12 @@ mod kernels;
 mod layout;
 mod pipelines;
 mod plan;
+mod rates;
+mod ring;
 mod slots;
 mod source;
 mod step;
+mod tiers;
 mod timeline;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -26,7 +29,10 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use wgpu::{BindGroup, Buffer};
 
 pub use adapters::{Adapter, AdapterKind, adapters, auto, pick};
-pub use asked::{ChunkInput, GpuOptions, Logits, NO_ADAPTER, Token, VideoBudget, Watch};
+pub use asked::{
+    ChunkInput, GpuCounters, GpuOptions, Host, Logits, MissPlan, MissRates, Misses, NO_ADAPTER,
+    Token, VideoBudget, Watch, uploads_bytes,
+};
 pub use timeline::Timeline;
 
 use crate::budget::context;
@@ -35,7 +41,6 @@ use crate::engine::Options;
 use crate::error::{Error, Result};
 use crate::kv_cache::{KvFormat, KvShape};
 use crate::shape::{ExpertId, LayerId, Shape};
-use crate::store::{ExpertStore, Purpose};
 use crate::timing::Timing;
 use crate::weights::{
     AttentionWeights, DeltaNetWeights, FeedForwardWeights, LayerWeights, MixWeights, MoeWeights,
@@ -50,10 +55,8 @@ use layout::Layout;
 use pipelines::KeptPipelines;
 use slots::LayerSlots;
 use source::{Lying, Slabs, Sources};
-use step::Ahead;
-
-/// Records that are copied at once.
-const COPIES_MAX: usize = 8;
+use step::Busy;
+use tiers::Tiers;
 
 /// A model on a device.
 pub struct Gpu {
@@ -70,9 +73,10 @@ pub struct Gpu {
     scratch: Buffer,
     scratch_group: BindGroup,
     landing: Buffer,
+    tiers: Tiers,
     chunk: Chunk,
     clock: Option<Clock>,
-    busy: Mutex<Option<Ahead>>, // one token at a time uses the scratch
+    busy: Mutex<Busy>, // one token at a time uses the scratch
 }
 
 struct Layer {
@@ -99,7 +103,7 @@ struct Experts {
 
 impl Gpu {
     /// Plans the video memory, compiles the kernels and brings the dense weights there: each layer leaves
-    /// `weights` when it is on the device. Experts follow with [`Gpu::fill`] or when a token asks for them.
+    /// `weights` when it is on the device. Experts follow with [`Gpu::prepare`] or when a token asks for them.
     ///
     /// # Errors
     /// No such adapter; a format that the kernels do not take; a plan above the limit, as a table; the
@@ -154,13 +158,15 @@ impl Gpu {
         kept.iter().for_each(|kept| kept.save(&device));
         let clock = if wanted.timed { Clock::new(&device)? } else { None };
         let scratch = device.buffer("scratch", layout.bytes())?;
+        let records = (plan::record_bytes(container), wanted.misses);
         Ok(Self {
             scratch_group: device.group(&views.scratch, &[&scratch])?,
             landing: device.landing(layout.bytes())?,
+            tiers: Tiers::new(&device, &layout, shape, records)?,
             kv: KvShape::of(&shape.attention, options.kv_cache),
             shape: shape.clone(),
             top_k: layout::top_k(shape, options),
-            busy: Mutex::new(None),
+            busy: Mutex::default(),
             chunk,
             clock,
             device,
@@ -179,66 +185,22 @@ impl Gpu {
         &self.budget
     }
 
-    /// Brings all experts in when all have a slot; afterwards no token waits for one.
+    /// Brings all experts in when all have a slot, and then no token waits for one. Otherwise decides who
+    /// computes what is missing, by measuring if that was asked for.
     ///
     /// # Errors
     /// A failed read; the device failed.
-    pub fn fill(&self, store: &ExpertStore) -> Result<()> {
+    pub fn prepare(&mut self, host: &Host) -> Result<()> {
         if !self.budget.resident {
-            return Ok(());
+            return self.plan_misses(host);
         }
+        let all: Vec<ExpertId> = (0..self.shape.moe.experts).map(|e| ExpertId(e as u16)).collect();
         for layer in &self.layers {
-            let Feeding::Experts(experts) = &layer.feed_forward else { continue };
-            let all: Vec<ExpertId> =
-                (0..self.shape.moe.experts).map(|e| ExpertId(e as u16)).collect();
-            let slots = self.budget.slots_each.max(1);
-            all.chunks(slots)
-                .try_for_each(|some| self.bring(store, experts, some, Purpose::Scan))?;
-        }
-        Ok(())
-    }
-
-    /// Sees to it that these experts of a layer are in their slots. Records are copied into the driver's
-    /// memory by several threads: one alone is slower than the way to the device.
-    fn bring(
-        &self,
-        store: &ExpertStore,
-        experts: &Experts,
-        wanted: &[ExpertId],
-        purpose: Purpose,
-    ) -> Result<()> {
-        let slots = &experts.slots;
-        let claim = slots.claim(wanted.iter().copied());
-        let missing = claim.missing.iter().map(|(e, _)| (*e, purpose));
-        let mut sweep = store.sweep(slots.layer(), missing);
-        // Records that are held keep slots of the store from the reads that follow.
-        let batch = (store.slots() / 4).clamp(1, COPIES_MAX);
-        let mut staged = 0;
-        for places in claim.missing.chunks(batch) {
-            let mut records = Vec::with_capacity(batch);
-            for place in places {
-                let record = sweep.next_in_order()?.expect("as many records as were asked for");
-                staged += record.len() as u64;
-                records.push((slots.room(&self.device, *place)?, record));
-            }
-            std::thread::scope(|scope| {
-                let mut copies = records.iter_mut();
-                let own = copies.next();
-                for (room, record) in copies {
-                    scope.spawn(|| room.copy_from_slice(&record[..room.len()]));
-                }
-                if let Some((room, record)) = own {
-                    room.copy_from_slice(&record[..room.len()]);
-                }
-            });
-            drop(records);
-            places.iter().for_each(|place| slots.landed(&self.device, *place));
-            if staged > device::STAGED_BYTES_MAX {
-                self.device.flush()?;
-                staged = 0;
+            if let Feeding::Experts(experts) = &layer.feed_forward {
+                self.pass(host, &experts.slots, &all, &|| self.work(), &mut |_, _| {})?;
             }
         }
-        Ok(())
+        self.device.wait_for(None)
     }
 
     /// Adds what the device's clock has seen since the last call.
@@ -256,7 +218,7 @@ impl Gpu {
         Work::new(&self.device, self.clock.as_ref(), &self.scratch_group)
     }
 
-    fn lock(&self) -> MutexGuard<'_, Option<Ahead>> {
+    fn lock(&self) -> MutexGuard<'_, Busy> {
         self.busy.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -7,7 +7,7 @@
 use super::adapters::{Adapter, AdapterKind};
 use super::dense::packed_bytes;
 use super::layout::{Layout, top_k};
-use super::{GpuOptions, VideoBudget, slots};
+use super::{GpuOptions, VideoBudget, slots, tiers};
 use crate::budget::{Line, context, gib};
 use crate::container::{Container, RecordLayout};
 use crate::engine::Options;
@@ -17,7 +17,7 @@ use crate::machine;
 use crate::shape::{Mix, Shape};
 use crate::weights::{LayerWeights, Weights};
 
-/// What the driver and the kernels themselves take, and memory that copies pass through.
+/// What the driver and the kernels themselves take, and what the driver copies through.
 const DRIVER_BYTES: u64 = 320 << 20;
 
 /// What a model asks for.
@@ -109,6 +109,11 @@ fn limit(adapter: &Adapter, wanted: &GpuOptions) -> Result<u64> {
     })
 }
 
+/// Bytes of the largest record.
+pub fn record_bytes(container: &Container) -> u64 {
+    container.layouts().iter().map(RecordLayout::record_bytes).max().unwrap_or(0) as u64
+}
+
 fn fixed_lines(demand: &Demand) -> Result<Vec<Line>> {
     let (shape, options) = (demand.container.shape(), demand.options);
     let context = context(shape, options)?;
@@ -125,7 +130,11 @@ fn fixed_lines(demand: &Demand) -> Result<Vec<Line>> {
             bytes: sessions * memory_bytes(shape, options, context),
         },
         Line { name: "scratch", bytes: scratch_bytes(demand.layouts, shape) },
-        Line { name: "driver, kernels and copies", bytes: DRIVER_BYTES },
+        Line {
+            name: "uploads",
+            bytes: tiers::bytes(demand.layouts[0], shape, record_bytes(demand.container)),
+        },
+        Line { name: "driver and kernels", bytes: DRIVER_BYTES },
     ])
 }
 
@@ -134,13 +143,15 @@ pub fn whole_bytes(container: &Container, options: &Options) -> u64 {
     let (shape, layouts) = (container.shape(), container.layouts());
     let most = options.prefill_chunk.min(context(shape, options).unwrap_or(1));
     let of_chunk = super::chunk::layout(shape, options, most, u64::MAX);
-    let scratch = scratch_bytes([&Layout::new(shape, top_k(shape, options), 1), &of_chunk], shape);
+    let of_token = Layout::new(shape, top_k(shape, options), 1);
+    let scratch = scratch_bytes([&of_token, &of_chunk], shape);
     // A context that is no good is refused where the memory is planned.
     let context = context(shape, options).unwrap_or(0);
     let records: usize = layouts.iter().map(RecordLayout::record_bytes).sum();
     Weights::stored_bytes(container)
         + options.sessions.max(1) as u64 * memory_bytes(shape, options, context)
         + scratch
+        + tiers::bytes(&of_token, shape, record_bytes(container))
         + DRIVER_BYTES
         + (shape.moe.experts * records) as u64
 }

@@ -1,13 +1,15 @@
 //! Experts in video memory: a bounded number of slots for each layer, filled from the store.
 //!
 //! The slots of a layer lie in as few buffers as the device's largest allows, and a table says which
-//! slot holds which expert. Which expert leaves is decided as in the store. A record is written before
-//! the kernels that need it are handed over, so the queue's own order keeps a slot whole.
+//! slot holds which expert, and of an expert without one that it has none. Which expert leaves is decided as
+//! in the store. A record and the table are written by commands in front of the kernels that need them, so
+//! the queue's own order keeps a slot whole and the device's table is the one here, as of its last command.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use wgpu::{BindGroup, BindGroupLayout, Buffer, QueueWriteBufferView};
+use wgpu::{BindGroup, BindGroupLayout, Buffer};
 
+use super::clock::Way;
 use super::device::Device;
 use super::source::Slabs;
 use crate::container::RecordLayout;
@@ -17,6 +19,8 @@ use crate::store::slots::{Key, Purpose, SlotId, SlotState, Slots};
 
 /// Buffers of a layer's slots at most.
 pub const SLABS_MAX: usize = 4;
+/// No slot, and no expert.
+const NOWHERE: u32 = u32::MAX;
 
 /// The slots of one layer.
 pub struct LayerSlots {
@@ -26,26 +30,70 @@ pub struct LayerSlots {
     slabs: Slabs,
     buffers: Vec<Buffer>,
     places: Buffer, // [experts], the slot of each
-    slots: Mutex<Slots>,
+    table: Mutex<Table>,
+}
+
+struct Table {
+    slots: Slots,
+    places: Vec<u32>, // [experts], the slot of each
+    held: Vec<u32>,   // [slots], the expert of each
+    used: Vec<u64>,   // [experts], the last token that chose it, counted from 1
+    tokens: u64,
+}
+
+/// An expert of a token's choice that has no slot.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Missing {
+    /// Its rank in the choice.
+    pub rank: usize,
+    /// The expert.
+    pub expert: ExpertId,
+    /// Whether it was chosen so short a while ago that as many slots, had it got one, would hold it still.
+    pub is_back: bool,
+}
+
+impl Table {
+    /// Pins a slot for an expert that is not here; what it held is here no more.
+    fn make_room(&mut self, expert: ExpertId) -> Option<SlotId> {
+        let slot = self.slots.claim(Key(u32::from(expert.0)), Purpose::Use)?;
+        let held = std::mem::replace(&mut self.held[slot.0 as usize], NOWHERE);
+        if held != NOWHERE {
+            self.places[held as usize] = NOWHERE;
+        }
+        Some(slot)
+    }
+
+    fn landed(&mut self, (expert, slot): (ExpertId, SlotId)) {
+        self.slots.landed(slot);
+        self.held[slot.0 as usize] = u32::from(expert.0);
+        self.places[usize::from(expert.0)] = slot.0;
+    }
 }
 
 /// Experts that stay in their slots while this lives.
 pub struct Claim<'a> {
+    device: &'a Device,
     slots: &'a LayerSlots,
     pinned: Vec<SlotId>,
-    /// Those whose record is still to be written, and where to.
+    /// Those whose record is still to be brought, and where to.
     pub missing: Vec<(ExpertId, SlotId)>,
 }
 
 impl Drop for Claim<'_> {
     fn drop(&mut self) {
-        let mut slots = self.slots.lock();
+        let mut table = self.slots.lock();
+        let mut failed = false;
         for slot in &self.pinned {
             // A record that never came leaves its slot empty.
-            if matches!(slots.state(*slot), SlotState::Reading(_)) {
-                slots.failed(*slot);
+            if matches!(table.slots.state(*slot), SlotState::Reading(_)) {
+                table.slots.failed(*slot);
+                failed = true;
             }
-            slots.unpin(*slot);
+            table.slots.unpin(*slot);
+        }
+        if failed {
+            // What had the slot before is not to be found there.
+            self.device.write(&self.slots.places, 0, bytemuck::cast_slice(&table.places));
         }
     }
 }
@@ -99,8 +147,16 @@ impl LayerSlots {
             counts.map(|bytes| device.buffer("experts", bytes)).collect::<Result<_>>()?;
         let all: Vec<&Buffer> = std::iter::once(&places).chain(&buffers).collect();
         let group = device.group(view, &all)?;
-        let slots = Mutex::new(Slots::new(slots, experts));
-        Ok(Self { group, layer, slabs, buffers, places, slots })
+        let (places_now, held) = (vec![NOWHERE; experts], vec![NOWHERE; slots]);
+        device.write(&places, 0, bytemuck::cast_slice(&places_now));
+        let table = Table {
+            slots: Slots::new(slots, experts),
+            places: places_now,
+            held,
+            used: vec![0; experts],
+            tokens: 0,
+        };
+        Ok(Self { group, layer, slabs, buffers, places, table: Mutex::new(table) })
     }
 
     /// The layer.
@@ -108,23 +164,60 @@ impl LayerSlots {
         self.layer
     }
 
-    fn lock(&self) -> MutexGuard<'_, Slots> {
-        self.slots.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Layout of its records.
+    pub fn layout(&self) -> &RecordLayout {
+        &self.slabs.layout
+    }
+
+    /// Bytes of a record.
+    pub fn record_bytes(&self) -> usize {
+        self.slabs.layout.record_bytes()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Table> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether an expert is here.
+    pub fn holds(&self, expert: ExpertId) -> bool {
+        self.lock().places[usize::from(expert.0)] != NOWHERE
+    }
+
+    /// What is missing of a token's choice, in its order.
+    pub fn missing(&self, chosen: &[ExpertId]) -> Vec<Missing> {
+        let table = &mut *self.lock();
+        table.tokens += 1;
+        // Slots that hold what was used last hold at least so many tokens' choices.
+        let held_tokens = (table.held.len() / chosen.len().max(1)) as u64;
+        let mut missing = Vec::new();
+        for (rank, expert) in chosen.iter().enumerate() {
+            let index = usize::from(expert.0);
+            let used = std::mem::replace(&mut table.used[index], table.tokens);
+            if table.places[index] == NOWHERE {
+                let is_back = used > 0 && table.tokens - used <= held_tokens;
+                missing.push(Missing { rank, expert: *expert, is_back });
+            }
+        }
+        missing
     }
 
     /// Pins those of the experts that are here, and slots for the others.
     ///
     /// # Panics
     /// More experts than slots.
-    pub fn claim(&self, experts: impl Iterator<Item = ExpertId> + Clone) -> Claim<'_> {
-        let mut slots = self.lock();
-        let mut claim = Claim { slots: self, pinned: Vec::new(), missing: Vec::new() };
+    pub fn claim<'a>(
+        &'a self,
+        device: &'a Device,
+        experts: impl Iterator<Item = ExpertId>,
+    ) -> Claim<'a> {
+        let mut table = self.lock();
+        let mut claim = Claim { device, slots: self, pinned: Vec::new(), missing: Vec::new() };
         // What is here is pinned before anything is evicted for what is not.
-        let here = experts.map(|e| (e, slots.pin(Key(u32::from(e.0)), Purpose::Use)));
+        let here = experts.map(|e| (e, table.slots.pin(Key(u32::from(e.0)), Purpose::Use)));
         let here: Vec<_> = here.collect();
         for (expert, slot) in here {
             let slot = slot.unwrap_or_else(|| {
-                let slot = slots.claim(Key(u32::from(expert.0)), Purpose::Use);
+                let slot = table.make_room(expert);
                 let slot = slot.expect("a layer has slots for all that is claimed at once");
                 claim.missing.push((expert, slot));
                 slot
@@ -134,25 +227,22 @@ impl LayerSlots {
         claim
     }
 
-    /// Room for an expert's record on its way to the slot that was claimed for it; it goes there when the
-    /// room is dropped.
-    ///
-    /// # Errors
-    /// The device has no memory left.
-    pub fn room(
-        &self,
-        device: &Device,
-        (_, slot): (ExpertId, SlotId),
-    ) -> Result<QueueWriteBufferView> {
+    /// The way of a record to the slot that was claimed for it.
+    pub fn way(&self, (_, slot): (ExpertId, SlotId)) -> Way<'_> {
         let index = slot.0 as usize;
         let (slab, within) = (index / self.slabs.slots_each, index % self.slabs.slots_each);
-        let at = (within * self.slabs.slot_words * 4) as u64;
-        device.room(&self.buffers[slab], at, self.slabs.layout.record_bytes() as u64)
+        Way {
+            bytes: self.record_bytes() as u64,
+            buffer: &self.buffers[slab],
+            to: (within * self.slabs.slot_words * 4) as u64,
+        }
     }
 
-    /// The record is in its slot.
-    pub fn landed(&self, device: &Device, (expert, slot): (ExpertId, SlotId)) {
-        device.write(&self.places, u64::from(expert.0) * 4, bytemuck::bytes_of(&slot.0));
-        self.lock().landed(slot);
+    /// The commands that bring these records are written; gives the table as it is behind them, and where
+    /// the device has it.
+    pub fn landed(&self, places: &[(ExpertId, SlotId)]) -> (Vec<u32>, &Buffer) {
+        let mut table = self.lock();
+        places.iter().for_each(|place| table.landed(*place));
+        (table.places.clone(), &self.places)
     }
 }

@@ -1,22 +1,44 @@
 //! One token on the device.
 //!
 //! When all experts have a slot the whole token is one submission. Otherwise each layer is handed over up
-//! to its router, the choice comes back, what is missing is written into slots, and the layer goes on.
+//! to its router's choice, which comes back here, and right behind it the first half of those experts that
+//! have a slot, whichever they are. While the device is at that, the rest of the layer and the next
+//! one up to its choice are written; what is missing goes in front of them. One wait a layer.
 
-use wgpu::{CommandBuffer, CommandEncoder, ComputePass};
+use wgpu::{CommandBuffer, ComputePass, SubmissionIndex};
 
-use super::clock::Work;
+use super::asked::Host;
+use super::clock::{Commands, Work};
 use super::dense::bytes_of;
 use super::layout::{SPLITS_MAX, grouped};
+use super::tiers::{Asked, Workspace};
 use super::{Experts, Feeding, Gpu, Layer, Logits, Mixing, Part, Timeline, Token, Watch};
 use crate::error::Result;
 use crate::kv_cache::PAGE_POSITIONS;
 use crate::shape::ExpertId;
-use crate::store::{ExpertStore, Purpose};
 use crate::timing::Stage;
 
+/// What one token at a time has.
+#[derive(Default)]
+pub struct Busy {
+    ahead: Option<Ahead>,
+    pub(super) choice: Choice,
+    pub(super) workspace: Workspace,
+}
+
+/// The router's choice for a token.
+#[derive(Default)]
+pub struct Choice {
+    /// Most probable first, `[top_k]`.
+    pub experts: Vec<ExpertId>,
+    /// Their weights, `[top_k]`, where the processor computes.
+    pub weights: Vec<f32>,
+    /// What they are given, `[hidden]`, where the processor computes.
+    pub normed: Vec<f32>,
+}
+
 /// Commands that were written ahead.
-pub struct Ahead {
+struct Ahead {
     timeline: u64,
     position: usize,
     commands: CommandBuffer,
@@ -29,54 +51,102 @@ impl Gpu {
     /// A failed read of an expert; the device failed.
     pub fn step(
         &self,
-        store: &ExpertStore,
+        host: &Host,
         timeline: &Timeline,
         token: &Token,
         logits: Logits,
         watch: Option<Watch>,
     ) -> Result<()> {
-        let mut ahead = self.lock();
-        self.begin(token);
+        let mut busy = self.lock();
+        let begin = self.begin(token)?;
         match watch {
-            Some(watch) => self.watched(store, timeline, token.position, watch)?,
+            Some(watch) => {
+                Commands::submit(&self.device, [begin]);
+                self.watched(host, (timeline, token.position), watch, &mut busy)?;
+                self.finish(logits, Vec::new(), self.work())
+            }
             None if self.budget.resident => {
-                return self.resident(timeline, token.position, logits, &mut ahead);
+                self.resident(begin, timeline, token.position, logits, &mut busy.ahead)
             }
             None => {
-                for (layer, memory) in self.layers.iter().zip(&timeline.layers) {
-                    let mut work = self.work();
-                    self.mix(&mut work, layer, memory, token.position);
-                    self.feed_forward(store, layer, work)?;
-                }
+                let mut later = Vec::new();
+                let position = token.position;
+                let outcome =
+                    self.streamed(host, begin, (timeline, position), &mut busy, &mut later);
+                // What is to come in is on its way whatever became of the token.
+                let ended = outcome.map(|(front, work)| self.hand_over(&logits, front, work));
+                Commands::submit_some(&self.device, &mut later);
+                self.land(logits, ended?)
             }
         }
-        self.finish(logits, self.work())
     }
 
     /// A token whose experts all have a slot: one submission. While the device is at it, the commands of
     /// the token after it are written, which depend on its position alone.
-    fn resident(
-        &self,
+    fn resident<'g>(
+        &'g self,
+        begin: Commands<'g>,
         timeline: &Timeline,
         position: usize,
         logits: Logits,
         ahead: &mut Option<Ahead>,
     ) -> Result<()> {
-        let Logits::Into(logits) = logits else {
-            return self.finish(Logits::No, self.whole(timeline, position));
+        let Logits::Into(into) = &logits else {
+            return self.finish(Logits::No, vec![begin], self.whole(timeline, position));
         };
+        let wanted = into.len();
         let is_this = |ahead: &Ahead| ahead.timeline == timeline.id && ahead.position == position;
         let commands = match ahead.take().filter(is_this) {
-            Some(ahead) => ahead.commands,
-            None => self.with_head(self.whole(timeline, position), logits.len()).finish(),
+            Some(ahead) => Commands::kept(ahead.commands),
+            None => self.with_head(self.whole(timeline, position), wanted),
         };
-        self.device.submit_all([commands]);
+        let submission = Commands::submit(&self.device, [begin, commands]);
+        self.device.ask(&self.landing, wanted as u64 * 4);
         if self.clock.is_none() && position + 1 < timeline.context {
             let work = self.whole(timeline, position + 1);
-            let commands = self.with_head(work, logits.len()).finish();
+            let commands = self.with_head(work, wanted).alone();
             *ahead = Some(Ahead { timeline: timeline.id, position: position + 1, commands });
         }
-        self.land(logits)
+        self.land(logits, submission)
+    }
+
+    /// The layers of a token whose experts may be missing; gives what is left to be handed over. `later`
+    /// is to follow behind it.
+    fn streamed<'g>(
+        &'g self,
+        host: &Host,
+        begin: Commands<'g>,
+        (timeline, position): (&Timeline, usize),
+        busy: &mut Busy,
+        later: &mut Vec<Commands<'g>>,
+    ) -> Result<(Vec<Commands<'g>>, Work<'g>)> {
+        let mut front = vec![begin];
+        let mut work = self.work();
+        let mut asked: Option<Asked> = None;
+        for (layer, memory) in self.layers.iter().zip(&timeline.layers) {
+            self.mix(&mut work, layer, memory, position);
+            let experts = match &layer.feed_forward {
+                Feeding::Dense { up, down } => {
+                    self.dense(&mut work, up, down);
+                    continue;
+                }
+                Feeding::Experts(experts) => experts,
+            };
+            self.choose(&mut work, experts);
+            let commands = std::mem::replace(&mut work, self.work()).finish();
+            let mut settled = None;
+            if let Some(asked) = asked.take() {
+                front = self.settle(host, asked, busy, later, &mut settled)?;
+            }
+            front.push(commands);
+            asked = Some(self.ask(experts, front.drain(..)));
+            self.admit(host, settled, later)?;
+            self.down(&mut work, experts);
+        }
+        if let Some(asked) = asked {
+            front = self.settle(host, asked, busy, later, &mut None)?;
+        }
+        Ok((front, work))
     }
 
     /// All layers of a token.
@@ -88,14 +158,16 @@ impl Gpu {
                 Feeding::Dense { up, down } => self.dense(&mut work, up, down),
                 Feeding::Experts(experts) => {
                     self.route(&mut work, experts);
-                    self.experts(&mut work, experts);
+                    self.up(&mut work, experts, self.top_k);
+                    self.down(&mut work, experts);
                 }
             }
         }
         work
     }
 
-    fn begin(&self, token: &Token) {
+    /// Brings what the kernels of a token are told.
+    fn begin(&self, token: &Token) -> Result<Commands<'_>> {
         let mut words = vec![0f32; self.layout.at("NORMED_AT")];
         let mut put = |name: &str, values: &[f32]| {
             words[self.layout.at(name)..][..values.len()].copy_from_slice(values);
@@ -107,7 +179,9 @@ impl Gpu {
         put("TOKEN_AT", &numbers.map(|n| f32::from_bits(n as u32)));
         let ranks: Vec<f32> = (0..self.top_k).map(|rank| f32::from_bits(rank as u32)).collect();
         put("RANKS_AT", &ranks);
-        self.device.write(&self.scratch, 0, bytemuck::cast_slice(&words));
+        let mut work = self.work();
+        self.note(&mut work, &[(bytemuck::cast_slice(&words), &self.scratch, 0)])?;
+        Ok(work.finish())
     }
 
     /// Pages of the context that a workgroup attends to.
@@ -115,29 +189,50 @@ impl Gpu {
         (position + 1).div_ceil(PAGE_POSITIONS).div_ceil(SPLITS_MAX)
     }
 
-    /// Hands the commands over with those of the head, and reads the logits back.
-    pub(super) fn finish(&self, logits: Logits, work: Work) -> Result<()> {
+    /// Hands the commands over with those of the head, behind those in front of them, and reads the logits
+    /// back.
+    pub(super) fn finish<'g>(
+        &'g self,
+        logits: Logits,
+        front: Vec<Commands<'g>>,
+        work: Work<'g>,
+    ) -> Result<()> {
+        let submission = self.hand_over(&logits, front, work);
+        self.land(logits, submission)
+    }
+
+    /// Hands the commands over with those of the head, where logits are wanted.
+    fn hand_over<'g>(
+        &'g self,
+        logits: &Logits,
+        mut front: Vec<Commands<'g>>,
+        work: Work<'g>,
+    ) -> SubmissionIndex {
         let Logits::Into(logits) = logits else {
-            self.device.submit(work.done());
-            return self.device.check();
+            front.push(work.finish());
+            return Commands::submit(&self.device, front);
         };
-        self.device.submit(self.with_head(work, logits.len()));
-        self.land(logits)
+        front.push(self.with_head(work, logits.len()));
+        let submission = Commands::submit(&self.device, front);
+        self.device.ask(&self.landing, logits.len() as u64 * 4);
+        submission
     }
 
     /// The commands with those of the head, and the way back of so many logits.
-    fn with_head(&self, mut work: Work, logits: usize) -> CommandEncoder {
+    fn with_head<'g>(&'g self, mut work: Work<'g>, logits: usize) -> Commands<'g> {
         let pass = work.stage(Stage::Logits, bytes_of(&self.head));
         self.mat_vec(pass, &self.kernels.project, &self.head);
-        let mut encoder = work.done();
         let start = self.layout.at("LOGITS_AT") as u64 * 4;
         let bytes = logits as u64 * 4;
-        encoder.copy_buffer_to_buffer(&self.scratch, start, &self.landing, 0, bytes);
-        encoder
+        work.encoder().copy_buffer_to_buffer(&self.scratch, start, &self.landing, 0, bytes);
+        work.finish()
     }
 
-    fn land(&self, logits: &mut [f32]) -> Result<()> {
-        self.device.landed(&self.landing, logits.len() as u64 * 4, |landed| {
+    /// Waits for logits that were asked for.
+    fn land(&self, logits: Logits, submission: SubmissionIndex) -> Result<()> {
+        let Logits::Into(logits) = logits else { return self.device.check() };
+        let bytes = logits.len() as u64 * 4;
+        self.device.answer(&self.landing, bytes, Some(submission), |landed| {
             logits.copy_from_slice(bytemuck::cast_slice(landed));
         })
     }
@@ -207,15 +302,85 @@ impl Gpu {
         self.mat_vec(pass, &self.kernels.router, &experts.route);
     }
 
-    /// The chosen experts and the shared one.
-    fn experts(&self, work: &mut Work, experts: &Experts) {
+    /// The router's choice, and its way back.
+    fn choose(&self, work: &mut Work, experts: &Experts) {
+        self.route(work, experts);
+        let pass = work.stage(Stage::Route, 0);
+        pass.set_pipeline(&self.kernels.choose);
+        pass.dispatch_workgroups(1, 1, 1);
+        let mut to = 0;
+        for (name, words) in self.choice_parts() {
+            let (from, bytes) = (self.layout.at(name) as u64 * 4, words as u64 * 4);
+            work.encoder().copy_buffer_to_buffer(&self.scratch, from, &self.landing, to, bytes);
+            to += bytes;
+        }
+    }
+
+    /// What comes back of a choice, and in how many words.
+    fn choice_parts(&self) -> impl Iterator<Item = (&'static str, usize)> {
+        let all = [
+            ("CHOSEN_AT", self.top_k),
+            ("WEIGHTS_AT", self.top_k),
+            ("NORMED_AT", self.shape.hidden),
+        ];
+        let wanted = if self.misses().computed_eighths == 0 { 1 } else { all.len() };
+        all.into_iter().take(wanted)
+    }
+
+    fn choice_bytes(&self) -> u64 {
+        self.choice_parts().map(|(_, words)| words as u64 * 4).sum()
+    }
+
+    /// Hands over what leaves a choice, and behind it the first half of the experts that are here.
+    fn ask<'g>(
+        &'g self,
+        experts: &'g Experts,
+        commands: impl IntoIterator<Item = Commands<'g>>,
+    ) -> Asked<'g> {
+        let submission = Commands::submit(&self.device, commands);
+        self.device.ask(&self.landing, self.choice_bytes());
+        let mut work = self.work();
+        self.up(&mut work, experts, self.top_k);
+        Commands::submit(&self.device, [work.finish()]);
+        Asked { experts, submission }
+    }
+
+    /// Waits for a choice.
+    pub(super) fn read_choice(
+        &self,
+        submission: SubmissionIndex,
+        choice: &mut Choice,
+    ) -> Result<()> {
+        self.device.answer(&self.landing, self.choice_bytes(), Some(submission), |landed| {
+            let (ids, rest) = bytemuck::cast_slice::<u8, u32>(landed).split_at(self.top_k);
+            choice.experts.clear();
+            choice.experts.extend(ids.iter().map(|id| ExpertId(*id as u16)));
+            let (weights, normed) = rest.split_at(rest.len().min(self.top_k));
+            let floats = |to: &mut Vec<f32>, from: &[u32]| {
+                to.clear();
+                to.extend_from_slice(bytemuck::cast_slice(from));
+            };
+            floats(&mut choice.weights, weights);
+            floats(&mut choice.normed, normed);
+            choice.normed.chunks_exact_mut(STAGED_UNIT).for_each(in_order);
+        })
+    }
+
+    /// Gate and up of the first so many experts in the list of ranks, those without a slot left out.
+    pub(super) fn up(&self, work: &mut Work, experts: &Experts, ranks: usize) {
+        let kernels = &self.kernels.experts[experts.kernels];
+        let pass = work.stage(Stage::Experts, 0);
+        pass.set_pipeline(&kernels.up);
+        pass.set_bind_group(1, &experts.slots.group, &[]);
+        pass.dispatch_workgroups(kernels.up_workgroups, ranks as u32, 1);
+    }
+
+    /// Down of the chosen experts and of the shared one.
+    fn down(&self, work: &mut Work, experts: &Experts) {
         let kernels = &self.kernels.experts[experts.kernels];
         let shared = experts.shared.as_ref().map_or(0, |part| part.bytes);
         let routed = (self.top_k * kernels.slabs.layout.record_bytes()) as u64;
         let pass = work.stage(Stage::Experts, routed + shared);
-        pass.set_pipeline(&kernels.up);
-        pass.set_bind_group(1, &experts.slots.group, &[]);
-        pass.dispatch_workgroups(kernels.up_workgroups, self.top_k as u32, 1);
         pass.set_pipeline(&kernels.down);
         pass.set_bind_group(1, &experts.slots.group, &[]);
         if let Some(shared) = &experts.shared {
@@ -224,36 +389,23 @@ impl Gpu {
         pass.dispatch_workgroups(kernels.down_workgroups, 1, 1);
     }
 
-    /// Hands the commands over and waits for the ids that they leave.
-    fn read_chosen(&self, work: Work) -> Result<Vec<ExpertId>> {
-        let mut encoder = work.done();
-        let bytes = self.top_k as u64 * 4;
-        let from = self.layout.at("CHOSEN_AT") as u64 * 4;
-        encoder.copy_buffer_to_buffer(&self.scratch, from, &self.landing, 0, bytes);
-        self.device.submit(encoder);
-        self.device.landed(&self.landing, bytes, |landed| {
-            let ids = bytemuck::cast_slice::<u8, u32>(landed).iter();
-            ids.map(|id| ExpertId(*id as u16)).collect()
-        })
-    }
-
     /// As a token whose experts may be missing, telling of everything on the way.
     fn watched(
         &self,
-        store: &ExpertStore,
-        timeline: &Timeline,
-        position: usize,
+        host: &Host,
+        (timeline, position): (&Timeline, usize),
         watch: Watch,
+        busy: &mut Busy,
     ) -> Result<()> {
         let hidden = self.shape.hidden;
         let mut before = self.look("H_AT", hidden)?;
         for (i, (layer, memory)) in self.layers.iter().zip(&timeline.layers).enumerate() {
             let mut work = self.work();
             self.mix(&mut work, layer, memory, position);
-            self.device.submit(work.done());
+            Commands::submit(&self.device, [work.finish()]);
             let mixed = self.look("H_AT", hidden)?;
             watch("mixer", Some(i), &difference(&mixed, &before));
-            self.feed_forward(store, layer, self.work())?;
+            self.feed_forward(host, layer, busy)?;
             if matches!(layer.feed_forward, Feeding::Experts(_)) {
                 watch("router_logits", Some(i), &self.look("ROUTER_AT", self.shape.moe.experts)?);
                 watch("router_weights", Some(i), &self.look("WEIGHTS_AT", self.top_k)?);
@@ -266,37 +418,32 @@ impl Gpu {
         Ok(())
     }
 
-    /// A layer's feed-forward behind the commands that there are. The choice of experts comes back
-    /// before they are computed, since they may be missing.
-    fn feed_forward<'g>(
-        &'g self,
-        store: &ExpertStore,
-        layer: &Layer,
-        mut work: Work<'g>,
-    ) -> Result<()> {
+    /// A layer's feed-forward by itself.
+    fn feed_forward(&self, host: &Host, layer: &Layer, busy: &mut Busy) -> Result<()> {
+        let mut work = self.work();
+        let (mut front, mut later) = (Vec::new(), Vec::new());
         match &layer.feed_forward {
             Feeding::Dense { up, down } => self.dense(&mut work, up, down),
             Feeding::Experts(experts) => {
-                self.route(&mut work, experts);
-                let pass = work.stage(Stage::Route, 0);
-                pass.set_pipeline(&self.kernels.choose);
-                pass.dispatch_workgroups(1, 1, 1);
-                let chosen = self.read_chosen(work)?;
-                self.bring(store, experts, &chosen, Purpose::Use)?;
+                self.choose(&mut work, experts);
+                let asked = self.ask(experts, [work.finish()]);
+                front = self.settle(host, asked, busy, &mut later, &mut None)?;
                 work = self.work();
-                self.experts(&mut work, experts);
+                self.down(&mut work, experts);
             }
         }
-        self.device.submit(work.done());
+        front.push(work.finish());
+        Commands::submit(&self.device, front);
         Ok(())
     }
 
     /// A part of the scratch.
     fn look(&self, name: &str, words: usize) -> Result<Vec<f32>> {
-        let mut values = vec![0f32; words];
-        let bytes = bytemuck::cast_slice_mut(&mut values);
-        self.device.read(&self.scratch, self.layout.at(name) as u64 * 4, bytes)?;
-        Ok(values)
+        let (from, bytes) = (self.layout.at(name) as u64 * 4, words as u64 * 4);
+        let mut work = self.work();
+        work.encoder().copy_buffer_to_buffer(&self.scratch, from, &self.landing, 0, bytes);
+        Commands::submit(&self.device, [work.finish()]);
+        self.device.landed(&self.landing, bytes, |landed| bytemuck::cast_slice(landed).to_vec())
     }
 
     /// The residual stream after the last token.
@@ -307,6 +454,19 @@ impl Gpu {
         let _scratch = self.lock();
         self.look("H_AT", self.shape.hidden)
     }
+}
+
+/// Elements of a unit of a kernel's staged input.
+const STAGED_UNIT: usize = 32;
+
+/// Brings a unit from the order of the staged input, whose vector j of four holds elements j, j + 8, j + 16
+/// and j + 24, into its own.
+fn in_order(unit: &mut [f32]) {
+    let mut elements = [0.0; STAGED_UNIT];
+    for (i, value) in unit.iter().enumerate() {
+        elements[i / 4 + i % 4 * 8] = *value;
+    }
+    unit.copy_from_slice(&elements);
 }
 
 /// `a - b`.

@@ -167,16 +167,43 @@ fn one_token(
     timing: &mut Timing,
     out: &mut [f32],
 ) -> Result<()> {
-    let hidden = out.len();
-    let top_k = input.routes.experts.len();
     let mut fetch = input.store.fetch(input.layer, &input.routes.experts);
     (input.reading)(tmp);
     shared(compute, input, scratch, tmp, timing, out);
 
-    let (gate, up) = (input.layout.gate.precision.format(), input.layout.up.precision.format());
-    compute.prepare_pair((gate, up), input.x, tmp);
-    sized(&mut scratch.outputs, top_k * hidden);
-    sized(&mut scratch.landed_at, top_k);
+    let one = OneToken { layout: input.layout, x: input.x, weights: &input.routes.weights };
+    add_experts(compute, &one, &mut fetch, (scratch, tmp, timing), &mut |_, _| {}, out)
+}
+
+/// Experts of a layer that one token goes to.
+pub struct OneToken<'a> {
+    /// Layout of the layer's records.
+    pub layout: &'a RecordLayout,
+    /// The token's normed row, `[hidden]`.
+    pub x: &'a [f32],
+    /// Weights of the experts that are fetched, in the order asked for.
+    pub weights: &'a [f32],
+}
+
+/// Adds the outputs of the experts that are fetched to `out [hidden]`, each with its weight, in the order
+/// asked for. They are computed as they land; `used` gets every record behind that, with its place in
+/// the order.
+///
+/// # Errors
+/// A record that could not be read; `out` is then meaningless.
+pub fn add_experts<'s>(
+    compute: &Compute,
+    one: &OneToken,
+    fetch: &mut Fetch<'s>,
+    (scratch, tmp, timing): (&mut ExpertScratch, &mut Temporary, &mut Timing),
+    used: &mut dyn FnMut(usize, Record<'s>),
+    out: &mut [f32],
+) -> Result<()> {
+    let (layout, hidden) = (one.layout, out.len());
+    let (gate, up) = (layout.gate.precision.format(), layout.up.precision.format());
+    compute.prepare_pair((gate, up), one.x, tmp);
+    sized(&mut scratch.outputs, one.weights.len() * hidden);
+    sized(&mut scratch.landed_at, one.weights.len());
     let mut ready = Landed::new();
     let mut done = 0;
     loop {
@@ -190,11 +217,12 @@ fn one_token(
         for (place, (rank, _)) in (done..).zip(&ready) {
             scratch.landed_at[*rank] = place;
         }
-        landed(compute, input, (&ready, done), scratch, tmp);
+        landed(compute, one, (&ready, done), scratch, tmp);
         done += ready.len();
-        timing.add(Stage::Experts, started, ready.len() * input.layout.record_bytes());
+        timing.add(Stage::Experts, started, ready.len() * layout.record_bytes());
+        ready.drain(..).for_each(|(rank, record)| used(rank, record));
     }
-    for (weight, place) in input.routes.weights.iter().zip(&scratch.landed_at) {
+    for (weight, place) in one.weights.iter().zip(&scratch.landed_at) {
         compute.isa.axpy(*weight, &scratch.outputs[place * hidden..][..hidden], out);
     }
     Ok(())
@@ -204,16 +232,16 @@ fn one_token(
 /// outputs go to `scratch.outputs` from place `done` on.
 fn landed(
     compute: &Compute,
-    input: &MoeInput,
+    one: &OneToken,
     (ready, done): (&[(usize, Record)], usize),
     scratch: &mut ExpertScratch,
     tmp: &Temporary,
 ) {
-    let (layout, isa) = (input.layout, compute.isa);
+    let (layout, isa) = (one.layout, compute.isa);
     let (width, hidden) = (layout.gate.rows, layout.down.rows);
     let active = sized(&mut scratch.active, ready.len() * width);
     let rows = even_rows(&layout.gate.rows(&ready[0].1));
-    let x = tmp.pair(input.x);
+    let x = tmp.pair(one.x);
     compute.pool.chunks(active, rows, |i, out| {
         let (slot, first) = (i * rows / width, i * rows % width);
         let record = &ready[slot].1;

@@ -74,10 +74,10 @@ impl Session {
         let input = Token { h: &s.h, cos, sin, position: self.tokens.len() };
         let into = if logits { Logits::Into(&mut self.logits) } else { Logits::No };
         match &mut self.recorder {
-            None => gpu.step(&engine.store, timeline, &input, into, None)?,
+            None => gpu.step(&engine.host(), timeline, &input, into, None)?,
             Some(recorder) => {
                 let mut watch = watch(recorder, engine);
-                gpu.step(&engine.store, timeline, &input, into, Some(&mut watch))?;
+                gpu.step(&engine.host(), timeline, &input, into, Some(&mut watch))?;
             }
         }
         self.tokens.push(token);
@@ -101,10 +101,10 @@ impl Session {
         let input = ChunkInput { h: &s.h, cos, sin, position: self.tokens.len() };
         let mut rows = vec![0.0; s.h.len()];
         match &mut self.recorder {
-            None => gpu.chunk(&engine.store, timeline, &input, &mut rows, None)?,
+            None => gpu.chunk(&engine.host(), timeline, &input, &mut rows, None)?,
             Some(recorder) => {
                 let mut watch = watch(recorder, engine);
-                gpu.chunk(&engine.store, timeline, &input, &mut rows, Some(&mut watch))?;
+                gpu.chunk(&engine.host(), timeline, &input, &mut rows, Some(&mut watch))?;
             }
         }
         self.tokens.extend_from_slice(tokens);

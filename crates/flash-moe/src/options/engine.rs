@@ -11,7 +11,7 @@ use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
 use flash_moe_engine::container::Container;
 use flash_moe_engine::engine::Options;
-use flash_moe_engine::gpu::{self, GpuOptions};
+use flash_moe_engine::gpu::{self, GpuOptions, Misses};
 use flash_moe_engine::kv_cache::{KvFormat, PAGE_POSITIONS};
 use flash_moe_engine::store::{IoMode, Reader};
 use flash_moe_engine::tokenizer::{TOKENIZER_FILE, Tokenizer};
@@ -51,6 +51,12 @@ pub struct EngineArgs {
     /// itself does not need holds experts.
     #[arg(long, value_name = "SIZE", value_parser = size::parse, help_heading = "Machine")]
     pub gpu_memory: Option<u64>,
+
+    /// Who computes experts that are in memory and not in video memory: the GPU, which uploads them, or the
+    /// processor. auto shares them out by what is measured when the model opens. The numbers of
+    /// upload do not depend on what video memory holds, those of the others do by f32 rounding.
+    #[arg(long, value_name = "auto|upload|cpu", value_enum, default_value_t = MissesChoice::Auto, help_heading = "Machine")]
+    pub gpu_misses: MissesChoice,
 
     /// Instruction set of the kernels.
     #[arg(long, value_enum, default_value_t = IsaChoice::Auto, help_heading = "Machine")]
@@ -138,6 +144,17 @@ pub enum DeviceChoice {
     Cpu,
     /// A GPU: this one, or the first that is no software.
     Gpu(Option<usize>),
+}
+
+/// Values of `--gpu-misses`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub enum MissesChoice {
+    /// As measured.
+    Auto,
+    /// The GPU.
+    Upload,
+    /// The processor.
+    Cpu,
 }
 
 /// Values of `--hot-set`.
@@ -277,11 +294,17 @@ impl EngineArgs {
 
     /// The same options on the device that was asked for. A GPU computes in f32.
     fn on_device(&self, container: &Container, options: Options) -> Result<Options> {
+        let misses = match self.gpu_misses {
+            MissesChoice::Auto => Misses::Auto,
+            MissesChoice::Upload => Misses::Upload,
+            MissesChoice::Cpu => Misses::Cpu,
+        };
         let on_gpu = |adapter| GpuOptions {
             adapter,
             memory_bytes: self.gpu_memory,
             kernels_dir: environment::cache_dir(),
             timed: false,
+            misses,
         };
         let exact = Options {
             arithmetic: if self.fast { options.arithmetic } else { Arithmetic::Exact },
@@ -297,6 +320,9 @@ impl EngineArgs {
         };
         match (gpu, self.gpu_memory) {
             (None, Some(_)) => bail!("--gpu-memory needs a GPU, but {why}"),
+            (None, None) if self.gpu_misses != MissesChoice::Auto => {
+                bail!("--gpu-misses needs a GPU, but {why}")
+            }
             (None, None) => Ok(options),
             (gpu, _) => Ok(Options { gpu, ..exact }),
         }

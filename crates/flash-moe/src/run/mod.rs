@@ -10,6 +10,7 @@ mod prompt;
 pub mod report;
 mod thinking;
 mod trace;
+mod video;
 
 use std::io::{self, Write};
 use std::path::PathBuf;
@@ -21,6 +22,7 @@ use anyhow::{Context, Result, bail};
 use flash_moe_engine::budget::{Budget, gib};
 use flash_moe_engine::engine::Engine;
 use flash_moe_engine::generation::GenerationConfig;
+use flash_moe_engine::gpu::{Gpu, GpuCounters};
 use flash_moe_engine::sampler::{Sampler, Sampling};
 use flash_moe_engine::session::Session;
 use flash_moe_engine::shape::TokenId;
@@ -40,6 +42,7 @@ use interrupt::Interrupt;
 use report::{Counters, Report, Settings, Timings, ms, rate};
 use thinking::Thinking;
 use trace::TraceFile;
+use video::Video;
 
 /// A run that is about to start.
 struct Run<'a> {
@@ -67,6 +70,7 @@ struct Outcome {
     first_token: Duration, // since the start of the prefill
     whole: Duration,       // prefill and decode
     prefill_reads: StoreCounters,
+    prefill_uploads: Option<GpuCounters>,
     prefill_timing: Timing,
 }
 
@@ -136,6 +140,8 @@ impl<'a> Run<'a> {
         if args.output.timing {
             tell!("memory plan\n{}", engine.budget());
             engine.gpu().iter().for_each(|gpu| tell!("video memory plan\n{}", gpu.budget()));
+            let streams = engine.gpu().filter(|gpu| !gpu.budget().resident);
+            streams.iter().for_each(|gpu| tell!("{}", gpu.misses()));
         }
         Ok(Self {
             args,
@@ -164,6 +170,7 @@ impl<'a> Run<'a> {
         bar.finish_and_clear();
         let prefill_time = started.elapsed();
         let prefill_reads = self.engine.store().counters();
+        let prefill_uploads = self.engine.gpu().map(Gpu::counters);
         let prefill_timing = session.timing().clone();
         session.mark("prefill")?;
         let mut thinking = Thinking::after(session.tokens(), tokenizer, length.think_budget);
@@ -193,6 +200,7 @@ impl<'a> Run<'a> {
             first_token,
             whole,
             prefill_reads,
+            prefill_uploads,
             prefill_timing,
         })
     }
@@ -233,6 +241,9 @@ impl<'a> Run<'a> {
             tell!("{}", report::timing_table("decode", &decode_timing, decoded));
         }
         let report = self.report(session, outcome, &decode_timing);
+        if let (true, Some(video)) = (self.args.output.timing, &report.video_memory) {
+            tell!("{}", video.line(session.position().saturating_sub(self.end_of_prompt())));
+        }
         if !self.args.output.quiet {
             tell!("{}", report.summary());
         }
@@ -269,6 +280,8 @@ impl<'a> Run<'a> {
             prefill_tokens_per_second: rate(self.prompt.len(), outcome.prefill_time),
             decode_tokens_per_second: rate(decoded, decode_time),
             counters: Counters::new(outcome.prefill_reads, engine.store().counters(), decoded),
+            video_memory: (engine.gpu().zip(outcome.prefill_uploads))
+                .map(|(gpu, prefill)| Video::new(gpu, prefill)),
             peak_memory_bytes: report::peak_memory(),
             stages: serde_json::json!({
                 "prefill": report::stages(&outcome.prefill_timing),

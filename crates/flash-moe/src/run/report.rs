@@ -14,6 +14,7 @@ use serde::Serialize;
 use serde_json::{Map, Value, json};
 
 use super::generate::Finish;
+use super::video::Video;
 use crate::read_ahead::ReadAhead;
 
 /// One finished run.
@@ -41,6 +42,8 @@ pub struct Report {
     pub decode_tokens_per_second: Option<f64>,
     /// Expert reads in all, and apart for prefill and decode.
     pub counters: Counters,
+    /// Experts and video memory, where a GPU computed.
+    pub video_memory: Option<Video>,
     /// The most memory the process had, where the system says.
     pub peak_memory_bytes: Option<u64>,
     /// Time and bytes by stage, for prefill and decode.
@@ -355,6 +358,7 @@ mod tests {
             prefill_tokens_per_second: rate(2, Duration::from_millis(20)),
             decode_tokens_per_second: rate(2, Duration::from_millis(40)),
             counters: Counters::new(prefill, end, 2),
+            video_memory: None,
             peak_memory_bytes: Some(70 << 20),
             stages: Value::Null,
             settings: Settings {

@@ -1,4 +1,7 @@
-// The slabs of a layer's slots: `places[e]` is the slot of expert e. A slot holds a record.
+// The slabs of a layer's slots: `places[e]` is the slot of expert e, NOWHERE if it has none. A slot holds a
+// record.
+
+const NOWHERE = 0xffffffffu;
 
 struct Matrix {
     weight: u32, // in words

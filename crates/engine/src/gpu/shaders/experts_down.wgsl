@@ -1,6 +1,7 @@
 // The chosen experts' down projections, added to the residual stream together with the shared expert's.
 // The input of all of them is one vector: TOP_K * WIDTH weighted activations, then the shared expert's. A
-// lane's units go over experts as over columns.
+// lane's units go over experts as over columns. An expert without a slot was computed elsewhere: what all of
+// those give, weighted and added up, lies in the scratch.
 
 const ROUTED = TOP_K * WIDTH;
 const ALL = ROUTED + SHARED_WIDTH;
@@ -19,7 +20,8 @@ fn input(e: u32) -> vec4<f32> {
 @compute @workgroup_size(256)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) tid: u32) {
     if tid < TOP_K {
-        records[tid] = find(bitcast<u32>(scratch[CHOSEN_AT + tid]));
+        let expert = bitcast<u32>(scratch[CHOSEN_AT + tid]);
+        records[tid] = select(find(expert), NOWHERE, places[expert] == NOWHERE);
         slabs[tid] = slab;
     }
     let lane = tid & 31u;
@@ -34,6 +36,9 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
             let x = staged_unit(u);
             let at = (start >> 5u) + u;
             let rank = at / (WIDTH >> 5u);
+            if records[rank] == NOWHERE {
+                continue;
+            }
             slab = slabs[rank];
             let down = within(records[rank], DOWN_MATRIX);
             let column = at % (WIDTH >> 5u);
@@ -42,6 +47,10 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         //SHARED
         workgroupBarrier();
     }
+    var is_elsewhere = false;
+    for (var i = 0u; i < TOP_K; i++) {
+        is_elsewhere = is_elsewhere || records[i] == NOWHERE;
+    }
     //ROW let sum$r = team_sum(acc$r, tid);
-    //ROW if lane == $ru && first + $ru < HIDDEN { scratch[H_AT + first + $ru] += sum$r; }
+    //ROW if lane == $ru && first + $ru < HIDDEN { scratch[H_AT + first + $ru] += sum$r + select(0.0, scratch[ELSEWHERE_AT + first + $ru], is_elsewhere); }
 }

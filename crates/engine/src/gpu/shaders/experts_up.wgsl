@@ -1,5 +1,6 @@
-// silu(gate x) * (up x) of the chosen experts, weighted: a workgroup takes rows of one expert. Both its
-// input and its output lie in the order of the staged input.
+// silu(gate x) * (up x) of chosen experts, weighted: a workgroup takes rows of one expert. Both its input
+// and its output lie in the order of the staged input. An expert without a slot is passed over: every
+// barrier is met all the same.
 
 fn input(e: u32) -> vec4<f32> {
     let at = NORMED_AT + (e & ~31u) + 4u * (e & 7u);
@@ -20,6 +21,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         workgroupBarrier();
         tell(0u, tid);
     }
+    let here = places[chosen[rank]] != NOWHERE;
     let record = find(chosen[rank]);
     let gate = within(record, GATE_MATRIX);
     let up = within(record, UP_MATRIX);
@@ -32,7 +34,8 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         let units = min(BLOCK, HIDDEN - start) >> 5u;
         stage(start, units << 5u, tid);
         let start_unit = start >> 5u;
-        for (var u = lane; u < units; u += 32u) {
+        let end = select(0u, units, here);
+        for (var u = lane; u < end; u += 32u) {
             let x = staged_unit(u);
             //ROW gate$r += expert_dot_GATE(gate, n$r + start_unit + u, x);
             //ROW up$r += expert_dot_UP(up, n$r + start_unit + u, x);
@@ -41,5 +44,5 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     }
     //ROW gate$r = team_sum(gate$r, tid);
     //ROW up$r = team_sum(up$r, tid);
-    //ROW if lane == $ru && first + $ru < WIDTH { scratch[ACTIVE_AT + rank * WIDTH + place_of(first + $ru)] = weight * silu(gate$r) * up$r; }
+    //ROW if here && lane == $ru && first + $ru < WIDTH { scratch[ACTIVE_AT + rank * WIDTH + place_of(first + $ru)] = weight * silu(gate$r) * up$r; }
 }
