@@ -4,6 +4,7 @@
 //! stages of a prompt against the slower of memory and arithmetic, waiting for experts against the
 //! disk. A fraction is the time at the limit over the time taken.
 
+use flash_moe_engine::gpu::DeviceLimits;
 use flash_moe_engine::store::measure::ReadRate;
 use flash_moe_engine::timing::Stage;
 use serde::Serialize;
@@ -13,6 +14,7 @@ use super::limits::{GemmRate, MemoryRate, fastest};
 use super::walk::{Phase, PoolState, Run};
 use super::work::Work;
 use crate::read_ahead::ReadAhead;
+use crate::video::{Fed, Video};
 
 /// Everything a bench found.
 #[derive(Debug, Serialize)]
@@ -87,6 +89,10 @@ pub struct Model {
     pub prompt: String,
     /// From opening to a model that is ready.
     pub open_seconds: f64,
+    /// What computed: `cpu`, or the name of a GPU.
+    pub device: String,
+    /// Experts and video memory, as the opening left them.
+    pub video_memory: Option<Video>,
 }
 
 /// What the machine can do.
@@ -100,6 +106,38 @@ pub struct Limits {
     pub disk: Vec<DiskRate>,
     /// Whether those reads went past the page cache.
     pub disk_direct: bool,
+    /// The GPU, where one computes.
+    pub gpu: Option<GpuLimits>,
+}
+
+/// What a GPU can do.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct GpuLimits {
+    /// Bytes of its memory that were read again and again.
+    pub read_bytes: u64,
+    /// Bytes of it that it reads.
+    pub read_bytes_per_second: f64,
+    /// Bytes that are copied to where it takes them from.
+    pub stage_bytes_per_second: f64,
+    /// Bytes that it takes from there.
+    pub copy_bytes_per_second: f64,
+    /// Bytes that come in while both go on.
+    pub upload_bytes_per_second: f64,
+    /// From a question until the answer is here.
+    pub round_trip_us: f64,
+}
+
+impl From<DeviceLimits> for GpuLimits {
+    fn from(limits: DeviceLimits) -> Self {
+        Self {
+            read_bytes: limits.read_bytes,
+            read_bytes_per_second: limits.read,
+            stage_bytes_per_second: limits.stage,
+            copy_bytes_per_second: limits.copy,
+            upload_bytes_per_second: limits.upload,
+            round_trip_us: limits.round_trip * 1e6,
+        }
+    }
 }
 
 /// Reading records at one depth.
@@ -144,6 +182,8 @@ pub struct RunReport {
     pub memory_bytes_per_second_beside: f64,
     /// As `memory_fraction`, against that.
     pub memory_fraction_beside: f64,
+    /// What was done to feed a GPU, where one computes.
+    pub fed: Option<Fed>,
     /// The stages, then `other`, which is what the wall time leaves.
     pub stages: Vec<StageReport>,
 }
@@ -188,7 +228,8 @@ pub struct StageReport {
     pub bytes: u64,
     /// Floating-point operations.
     pub operations: f64,
-    /// `memory`, `gemm` or `disk`; none for what has no limit.
+    /// `memory`, `gemm` or `disk`, with a GPU `video` (its memory), `upload` or `memory`; none for what has
+    /// no limit.
     pub limit: Option<&'static str>,
     /// Time at that limit.
     pub limit_seconds: Option<f64>,
@@ -206,7 +247,13 @@ impl From<&ReadRate> for DiskRate {
 impl Limits {
     /// From the measurements.
     pub fn new(memory: MemoryRate, gemm: GemmRate, disk: &[ReadRate], disk_direct: bool) -> Self {
-        Self { memory, gemm, disk: disk.iter().map(DiskRate::from).collect(), disk_direct }
+        let disk = disk.iter().map(DiskRate::from).collect();
+        Self { memory, gemm, disk, disk_direct, gpu: None }
+    }
+
+    /// Bytes a second of the memory that stages read: the GPU's where one computes.
+    fn memory_rate(&self) -> f64 {
+        self.gpu.map_or(self.memory.bytes_per_second, |gpu| gpu.read_bytes_per_second)
     }
 
     /// The disk's best figure over the depths, in bytes a second, and its depth.
@@ -223,6 +270,9 @@ impl RunReport {
             .filter(|&stage| run.timing.stage(stage).calls > 0)
             .map(|stage| stage_report(run, stage, work, limits))
             .collect();
+        if let Some(gpu) = &limits.gpu {
+            stages.extend(fed_reports(run, work, limits, gpu));
+        }
         let known: f64 = stages.iter().map(|s| s.seconds).sum();
         stages.push(StageReport {
             stage: "other",
@@ -234,8 +284,11 @@ impl RunReport {
             limit_seconds: None,
             limit_fraction: None,
         });
-        let touched = stages.iter().filter(|s| s.stage != Stage::Fetch.name()).map(|s| s.bytes);
+        let is_touched = |s: &&StageReport| ![Stage::Fetch.name(), UPLOADS, CPU].contains(&s.stage);
+        let touched = stages.iter().filter(is_touched).map(|s| s.bytes);
         let touched: u64 = touched.sum();
+        // A GPU is not measured again beside a run.
+        let beside = limits.gpu.map_or(run.memory_rate, |gpu| gpu.read_bytes_per_second);
         let mut steps = run.step_seconds.clone();
         steps.sort_by(f64::total_cmp);
         Self {
@@ -249,9 +302,10 @@ impl RunReport {
             step_ms_median: steps.get(steps.len() / 2).map(|s| s * 1e3),
             step_ms_max: steps.last().map(|s| s * 1e3),
             experts: Experts::new(run),
-            memory_fraction: touched as f64 / limits.memory.bytes_per_second / run.seconds,
-            memory_bytes_per_second_beside: run.memory_rate,
-            memory_fraction_beside: touched as f64 / run.memory_rate / run.seconds,
+            memory_fraction: touched as f64 / limits.memory_rate() / run.seconds,
+            memory_bytes_per_second_beside: beside,
+            memory_fraction_beside: touched as f64 / beside / run.seconds,
+            fed: run.fed.map(Fed::from),
             stages,
         }
     }
@@ -283,12 +337,14 @@ fn stage_report(run: &Run, stage: Stage, work: &Work, limits: &Limits) -> StageR
     let heads = if run.phase == Phase::Decode { run.tokens } else { 1 };
     let operations = work.operations(stage, run.position, run.tokens, heads);
     let bytes = if stage == Stage::Fetch { run.reads.read_bytes } else { total.bytes };
-    let memory = bytes as f64 / limits.memory.bytes_per_second;
+    let memory = bytes as f64 / limits.memory_rate();
     let gemm = operations / limits.gemm.flops_per_second;
     let bound = match (stage, run.phase) {
         (Stage::Fetch, _) => run.disk_rate.map(|rate| ("disk", bytes as f64 / rate)),
         _ if bytes == 0 => None,
-        (_, Phase::Prefill) if gemm > memory => Some(("gemm", gemm)),
+        // What a GPU can multiply is not measured.
+        (_, Phase::Prefill) if gemm > memory && limits.gpu.is_none() => Some(("gemm", gemm)),
+        _ if limits.gpu.is_some() => Some(("video", memory)),
         _ => Some(("memory", memory)),
     };
     // Reads go on while other stages compute, so the disk's share is of the whole run.
@@ -303,6 +359,36 @@ fn stage_report(run: &Run, stage: Stage, work: &Work, limits: &Limits) -> StageR
         limit_seconds: bound.map(|(_, at_limit)| at_limit),
         limit_fraction: bound.map(|(_, at_limit)| at_limit / taken),
     }
+}
+
+/// Name of what goes to a GPU, among the stages.
+const UPLOADS: &str = "uploads";
+/// Name of what the processor computes for a GPU, among the stages.
+const CPU: &str = "cpu_experts";
+
+/// What feeds a GPU, where it does: uploads go on while stages compute, so their share is of the whole run.
+fn fed_reports(run: &Run, work: &Work, limits: &Limits, gpu: &GpuLimits) -> Vec<StageReport> {
+    let Some(fed) = &run.fed else { return Vec::new() };
+    let report = |stage, calls: u64, bytes: u64, (seconds, taken): (f64, f64), (limit, rate)| {
+        let at_limit = bytes as f64 / rate;
+        (calls > 0).then(|| StageReport {
+            stage,
+            seconds,
+            calls,
+            bytes,
+            operations: 0.0,
+            limit: Some(limit),
+            limit_seconds: Some(at_limit),
+            limit_fraction: Some(at_limit / taken),
+        })
+    };
+    let computing = fed.compute_ns as f64 / 1e9;
+    let upload = ("upload", gpu.upload_bytes_per_second);
+    let memory = ("memory", limits.memory.bytes_per_second);
+    let computed = fed.computed * work.record_bytes;
+    let uploads = report(UPLOADS, fed.uploads, fed.upload_bytes, (0.0, run.seconds), upload);
+    let others = report(CPU, fed.computed, computed, (computing, computing), memory);
+    uploads.into_iter().chain(others).collect()
 }
 
 /// Every stage of every run as a line, under a line of names.
