@@ -7,15 +7,18 @@
 mod asked;
 
 use std::fmt;
+use std::time::Duration;
 
 pub use asked::{
-    ChunkInput, GpuCounters, GpuOptions, Host, Logits, MissPlan, MissRates, Misses, NO_ADAPTER,
-    Token, VideoBudget, Watch, uploads_bytes,
+    ChunkInput, DeviceLimits, GpuCounters, GpuOptions, Host, Logits, MissPlan, MissRates, Misses,
+    NO_ADAPTER, SHARES, Token, VideoBudget, Watch, uploads_bytes,
 };
 
-use crate::container::Container;
+use crate::container::{Container, RecordLayout};
 use crate::engine::Options;
 use crate::error::{Error, Result};
+use crate::pool::Pool;
+use crate::shape::Shape;
 use crate::timing::Timing;
 use crate::weights::Weights;
 
@@ -35,6 +38,28 @@ impl fmt::Display for Adapter {
     fn fmt(&self, _: &mut fmt::Formatter<'_>) -> fmt::Result {
         match *self {}
     }
+}
+
+/// Refuses.
+///
+/// # Errors
+/// Always.
+pub fn plan(
+    _: &Shape,
+    _: &[RecordLayout],
+    _: u64,
+    _: &Options,
+    _: &GpuOptions,
+) -> Result<VideoBudget> {
+    Err(Error::Gpu(NOT_BUILT.into()))
+}
+
+/// Refuses.
+///
+/// # Errors
+/// Always.
+pub fn limits(_: &GpuOptions, _: &Pool, _: Duration) -> Result<DeviceLimits> {
+    Err(Error::Gpu(NOT_BUILT.into()))
 }
 
 /// None.
@@ -71,6 +96,11 @@ impl Gpu {
 
     /// What it does about missing experts.
     pub fn misses(&self) -> MissPlan {
+        match *self {}
+    }
+
+    /// Forgets every expert that can be had again.
+    pub fn forget(&self) {
         match *self {}
     }
 

@@ -27,6 +27,7 @@ mod devices;
 mod inspect;
 mod synth;
 mod verify;
+mod video;
 
 use std::io::{self, Write};
 use std::process::ExitCode;

@@ -226,11 +226,3 @@ fn a_synthetic_context_is_reached_without_a_prompt_and_said_to_be_one() {
         assert_eq!(list(&found["runs"]).len(), 2 + 4);
     }
 }
-
-#[test]
-fn a_gpu_is_not_measured_as_if_it_were_the_processor() {
-    for command in ["bench", "plan"] {
-        let said = Home::new().refuse(&[command, "--device", "gpu", "--quick"]);
-        assert!(said.contains("run --device gpu --timing"), "{said}");
-    }
-}

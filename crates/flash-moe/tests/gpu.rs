@@ -10,6 +10,7 @@ use flash_moe_engine::gpu::adapters;
 use crate::fixture::converted;
 use crate::parity::{Model, Numbers, PLAIN, long_prompt_agrees};
 use crate::program::{Home, text};
+use serde_json::Value;
 
 const GPU: Numbers = Numbers { flags: &["--device", "gpu:0"], tolerance: 1e-3 };
 
@@ -121,4 +122,93 @@ fn devices_and_refusals_say_what_to_do() {
     assert!(said.contains("--gpu-misses needs a GPU"), "{said}");
     let said = refused(&["--device", "gpu:7"]);
     assert!(said.contains("flash-moe: gpu: "), "{said}");
+}
+
+/// Bytes of video memory that hold so many experts of each layer of a model beside everything else.
+fn memory_for(plan: &Value, slots: u64) -> String {
+    let lines = plan["video_memory"]["lines"].as_array().expect("lines");
+    let fixed: u64 = lines.iter().map(|l| l["bytes"].as_u64().expect("bytes")).sum();
+    let all = plan["video_memory"]["slots_bytes"].as_u64().expect("bytes");
+    let slot = all / plan["video_memory"]["slots"].as_u64().expect("slots");
+    (fixed + slots * slot).to_string()
+}
+
+#[test]
+fn a_plan_for_a_gpu_adds_up_and_a_bench_holds_its_stages_against_it() {
+    if !there_is_one() {
+        return;
+    }
+    let home = converted();
+    let model = text(&home.path("container"));
+    let object = |args: &[&str]| -> Value {
+        let all = [args, &["--model", &model, "--quick", "--json", "--device", "gpu:0"]].concat();
+        serde_json::from_slice(&home.succeed(&all).stdout).expect("one JSON object on stdout")
+    };
+    let number = |value: &Value| value.as_f64().unwrap_or_else(|| panic!("{value} is no number"));
+    // The context that the bench will need.
+    let asked = ["plan", "--context", "64"];
+    let whole = object(&[&asked[..], &["--gpu-memory", "900MiB"]].concat());
+    let video = &whole["video_memory"];
+    assert_eq!((&video["slots"], &video["hit_rate"]["low"]), (&video["experts"], &1.0.into()));
+    let memory = memory_for(&whole, 8);
+    let few = ["--gpu-memory", &memory, "--gpu-misses", "cpu"];
+    let plan = object(&[&asked[..], &few].concat());
+    let video = &plan["video_memory"];
+    assert_eq!((&video["slots"], &video["computed_eighths"]), (&8.into(), &8.into()), "{video}");
+    let [low, high] = ["low", "high"].map(|end| number(&video["decode"][end]));
+    assert!(low > 0.0 && low <= high && high.is_finite(), "{video}");
+    let asked = ["bench", "--context-at", "24,48", "--decode", "8", "--prefill", "24"];
+    let found = object(&[&asked[..], &few, &["--context", "64"]].concat());
+    assert!(number(&found["limits"]["gpu"]["read_bytes_per_second"]) > 0.0);
+    assert!(number(&found["limits"]["gpu"]["upload_bytes_per_second"]) > 0.0);
+    // Headers and vectors are not in the plan.
+    let slots = found["model"]["video_memory"]["slots"].as_u64();
+    assert!(slots == Some(7) || slots == Some(8), "{}", found["model"]);
+    for run in found["runs"].as_array().expect("runs") {
+        let stages = run["stages"].as_array().expect("stages");
+        let sum: f64 = stages.iter().map(|s| number(&s["seconds"])).sum();
+        assert!((sum - number(&run["seconds"])).abs() < 1e-6, "{run}");
+        assert!(stages.iter().any(|s| s["stage"] == "experts" && s["limit"] == "video"), "{run}");
+        let stage = |name| stages.iter().find(|s| s["stage"] == name);
+        let [uploads, computed] = ["uploads", "computed"].map(|name| run["fed"][name].as_u64());
+        assert_eq!(
+            stage("uploads").map(|s| s["calls"].as_u64()),
+            uploads.filter(|n| *n > 0).map(Some)
+        );
+        assert_eq!(stage("cpu_experts").is_some(), computed > Some(0), "{run}");
+        let is_cold = run["pool"] == "cold";
+        // Nothing of a prompt is the processor's, and after a cold start something is missing.
+        assert!(run["phase"] == "decode" || computed == Some(0), "{run}");
+        assert!(!is_cold || uploads.max(computed) > Some(0), "{run}");
+    }
+    let resident = object(&[&asked[..], &["--gpu-memory", "900MiB", "--context", "64"]].concat());
+    assert!(resident["notes"].to_string().contains("runs are warm"), "{}", resident["notes"]);
+    let mut runs = resident["runs"].as_array().expect("runs").iter();
+    assert!(runs.all(|run| run["pool"] == "warm" && run["fed"]["uploads"] == 0));
+}
+
+#[test]
+fn pages_about_a_gpu_are_at_most_100_columns_wide() {
+    if !there_is_one() {
+        return;
+    }
+    let home = converted();
+    let model = text(&home.path("container"));
+    let bench = ["bench", "--quiet", "--decode", "4", "--context-at", "24", "--prefill", "16"];
+    for args in [&bench[..], &["plan"]] {
+        let machine = ["--model", &model, "--quick", "--device", "gpu:0", "--gpu-memory", "900MiB"];
+        let output = home.succeed(&[args, &machine].concat());
+        let page = String::from_utf8(output.stdout).expect("text");
+        let widest = page.lines().map(|l| l.chars().count()).max();
+        assert!(widest.is_some_and(|w| w <= 100), "{widest:?} columns:\n{page}");
+        assert!(page.contains("an answer after") && page.contains("experts"), "{page}");
+    }
+    let plan = ["plan", "--like", "qwen3.5-35b-a3b", "--quick", "--device", "gpu:0"];
+    let scratch = text(&home.path(""));
+    let with = |memory| [&plan[..], &["--gpu-memory", memory, "--scratch", &scratch]].concat();
+    let page = String::from_utf8(home.succeed(&with("8GiB")).stdout).expect("text");
+    assert!(page.contains("of 256 a layer") && page.contains("on the GPU"), "{page}");
+    assert!(page.lines().all(|line| line.chars().count() <= 100), "{page}");
+    let said = home.refuse(&with("1GiB"));
+    assert!(said.contains("smallest that runs is --gpu-memory"), "{said}");
 }

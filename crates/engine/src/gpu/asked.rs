@@ -182,6 +182,23 @@ impl fmt::Display for VideoBudget {
     }
 }
 
+/// What a device can do at most.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct DeviceLimits {
+    /// Bytes of its memory that were read again and again.
+    pub read_bytes: u64,
+    /// Bytes of it that it reads, a second.
+    pub read: f64,
+    /// Bytes that are copied to where it takes them from, a second.
+    pub stage: f64,
+    /// Bytes that it takes from there, a second.
+    pub copy: f64,
+    /// Bytes that come in while both go on, a second.
+    pub upload: f64,
+    /// Seconds until it has answered anything.
+    pub round_trip: f64,
+}
+
 /// What was done to feed the device, since it was opened.
 #[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
 pub struct GpuCounters {

@@ -14,6 +14,7 @@ mod dense;
 mod device;
 mod kernels;
 mod layout;
+mod limits;
 mod pipelines;
 mod plan;
 mod rates;
@@ -30,12 +31,13 @@ use wgpu::{BindGroup, Buffer};
 
 pub use adapters::{Adapter, AdapterKind, adapters, auto, pick};
 pub use asked::{
-    ChunkInput, GpuCounters, GpuOptions, Host, Logits, MissPlan, MissRates, Misses, NO_ADAPTER,
-    Token, VideoBudget, Watch, uploads_bytes,
+    ChunkInput, DeviceLimits, GpuCounters, GpuOptions, Host, Logits, MissPlan, MissRates, Misses,
+    NO_ADAPTER, SHARES, Token, VideoBudget, Watch, uploads_bytes,
 };
+pub use limits::limits;
+pub use plan::stored as plan;
 pub use timeline::Timeline;
 
-use crate::budget::context;
 use crate::container::{Container, Matrix, Precision};
 use crate::engine::Options;
 use crate::error::{Error, Result};
@@ -117,14 +119,12 @@ impl Gpu {
         let shape = container.shape();
         check(shape, options)?;
         let (_, adapter) = pick(wanted.adapter)?;
-        let layout = Layout::new(shape, layout::top_k(shape, options), 1);
-        let most = options.prefill_chunk.min(context(shape, options)?);
-        let of_chunk = chunk::layout(shape, options, most, adapter.binding_bytes);
-        let budget = plan::plan(
-            &plan::Demand { container, weights, options, layouts: [&layout, &of_chunk] },
-            &adapter,
-            wanted,
-        )?;
+        let [layout, of_chunk] = plan::layouts(shape, options, &adapter)?;
+        let records = container.layouts();
+        let dense_bytes = plan::dense_bytes(weights, shape);
+        let layouts = [&layout, &of_chunk];
+        let demand = plan::Demand { shape, records, dense_bytes, options, layouts };
+        let budget = plan::plan(&demand, &adapter, wanted)?;
         let (device, kept) = opened(&adapter, wanted)?;
         let sources = Sources {
             declarations: layout.declarations(shape),
@@ -142,7 +142,7 @@ impl Gpu {
             device: &device,
             views: &views,
             kernels: &kernels,
-            layouts: [&layout, &of_chunk],
+            layouts,
             shape,
             packing: Packing {
                 precisions: &sources.precisions,
@@ -158,7 +158,7 @@ impl Gpu {
         kept.iter().for_each(|kept| kept.save(&device));
         let clock = if wanted.timed { Clock::new(&device)? } else { None };
         let scratch = device.buffer("scratch", layout.bytes())?;
-        let records = (plan::record_bytes(container), wanted.misses);
+        let records = (plan::record_bytes(records), wanted.misses);
         Ok(Self {
             scratch_group: device.group(&views.scratch, &[&scratch])?,
             landing: device.landing(layout.bytes())?,
@@ -201,6 +201,19 @@ impl Gpu {
             }
         }
         self.device.wait_for(None)
+    }
+
+    /// Forgets every expert that can be had again, as if the model had just been opened.
+    pub fn forget(&self) {
+        let _scratch = self.lock();
+        for layer in &self.layers {
+            match &layer.feed_forward {
+                Feeding::Experts(experts) if !self.budget.resident => {
+                    experts.slots.forget(&self.device);
+                }
+                _ => {}
+            }
+        }
     }
 
     /// Adds what the device's clock has seen since the last call.

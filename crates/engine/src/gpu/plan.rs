@@ -4,7 +4,7 @@
 //! the limit leaves becomes slots for experts, the same number in every layer. At least one token's
 //! experts must fit; when all do, no token ever waits for one.
 
-use super::adapters::{Adapter, AdapterKind};
+use super::adapters::{Adapter, AdapterKind, pick};
 use super::dense::packed_bytes;
 use super::layout::{Layout, top_k};
 use super::{GpuOptions, VideoBudget, slots, tiers};
@@ -22,8 +22,11 @@ const DRIVER_BYTES: u64 = 320 << 20;
 
 /// What a model asks for.
 pub struct Demand<'a> {
-    pub container: &'a Container,
-    pub weights: &'a Weights,
+    pub shape: &'a Shape,
+    /// Of each layer that has experts.
+    pub records: &'a [RecordLayout],
+    /// As they lie on the device.
+    pub dense_bytes: u64,
     pub options: &'a Options,
     /// Of a token and of a chunk.
     pub layouts: [&'a Layout; 2],
@@ -35,8 +38,7 @@ pub struct Demand<'a> {
 /// The limit holds less than one token's experts beside everything else, as a table; the limit is not
 /// known.
 pub fn plan(demand: &Demand, adapter: &Adapter, wanted: &GpuOptions) -> Result<VideoBudget> {
-    let shape = demand.container.shape();
-    let layouts = demand.container.layouts();
+    let (shape, layouts) = (demand.shape, demand.records);
     let buffer_bytes = adapter.binding_bytes;
     let most = layouts.iter().map(|l| slots::slots_most(l, shape.moe.experts, buffer_bytes)).min();
     let bytes = layouts.iter().map(|l| l.record_bytes().next_multiple_of(16) as u64);
@@ -109,22 +111,51 @@ fn limit(adapter: &Adapter, wanted: &GpuOptions) -> Result<u64> {
     })
 }
 
-/// Bytes of the largest record.
-pub fn record_bytes(container: &Container) -> u64 {
-    container.layouts().iter().map(RecordLayout::record_bytes).max().unwrap_or(0) as u64
+/// Plans for a model that is not loaded, whose dense weights take so many bytes as they are stored.
+///
+/// # Errors
+/// As when it opens: no such adapter, what the kernels do not take, a plan above the limit.
+pub fn stored(
+    shape: &Shape,
+    records: &[RecordLayout],
+    dense_bytes: u64,
+    options: &Options,
+    wanted: &GpuOptions,
+) -> Result<VideoBudget> {
+    super::check(shape, options)?;
+    let (_, adapter) = pick(wanted.adapter)?;
+    let layouts = layouts(shape, options, &adapter)?;
+    let layouts = [&layouts[0], &layouts[1]];
+    plan(&Demand { shape, records, dense_bytes, options, layouts }, &adapter, wanted)
 }
 
-fn fixed_lines(demand: &Demand) -> Result<Vec<Line>> {
-    let (shape, options) = (demand.container.shape(), demand.options);
-    let context = context(shape, options)?;
-    let sessions = options.sessions.max(1) as u64;
-    let matrices = demand.weights.layers.iter().map(|layer| {
+/// The scratch of a token and of a chunk.
+pub fn layouts(shape: &Shape, options: &Options, adapter: &Adapter) -> Result<[Layout; 2]> {
+    let most = options.prefill_chunk.min(context(shape, options)?);
+    let of_chunk = super::chunk::layout(shape, options, most, adapter.binding_bytes);
+    Ok([Layout::new(shape, top_k(shape, options), 1), of_chunk])
+}
+
+/// Bytes that the dense weights take on the device.
+pub fn dense_bytes(weights: &Weights, shape: &Shape) -> u64 {
+    let matrices = weights.layers.iter().map(|layer| {
         // Four parts a layer have a header each.
         packed_bytes(LayerWeights::matrices(layer), 4 * shape.hidden)
     });
-    let head = packed_bytes(std::iter::once(demand.weights.head()), shape.hidden);
+    matrices.sum::<u64>() + packed_bytes(std::iter::once(weights.head()), shape.hidden)
+}
+
+/// Bytes of the largest record.
+pub fn record_bytes(records: &[RecordLayout]) -> u64 {
+    records.iter().map(RecordLayout::record_bytes).max().unwrap_or(0) as u64
+}
+
+fn fixed_lines(demand: &Demand) -> Result<Vec<Line>> {
+    let (shape, options) = (demand.shape, demand.options);
+    let context = context(shape, options)?;
+    let sessions = options.sessions.max(1) as u64;
     Ok(vec![
-        Line { name: "dense weights", bytes: matrices.sum::<u64>() + head },
+        Line { name: "dense weights", bytes: demand.dense_bytes },
         Line {
             name: "KV cache and states",
             bytes: sessions * memory_bytes(shape, options, context),
@@ -132,7 +163,7 @@ fn fixed_lines(demand: &Demand) -> Result<Vec<Line>> {
         Line { name: "scratch", bytes: scratch_bytes(demand.layouts, shape) },
         Line {
             name: "uploads",
-            bytes: tiers::bytes(demand.layouts[0], shape, record_bytes(demand.container)),
+            bytes: tiers::bytes(demand.layouts[0], shape, record_bytes(demand.records)),
         },
         Line { name: "driver and kernels", bytes: DRIVER_BYTES },
     ])
@@ -151,7 +182,7 @@ pub fn whole_bytes(container: &Container, options: &Options) -> u64 {
     Weights::stored_bytes(container)
         + options.sessions.max(1) as u64 * memory_bytes(shape, options, context)
         + scratch
-        + tiers::bytes(&of_token, shape, record_bytes(container))
+        + tiers::bytes(&of_token, shape, record_bytes(layouts))
         + DRIVER_BYTES
         + (shape.moe.experts * records) as u64
 }

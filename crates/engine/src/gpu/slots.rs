@@ -178,6 +178,16 @@ impl LayerSlots {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Empties the slots.
+    pub fn forget(&self, device: &Device) {
+        let table = &mut *self.lock();
+        table.slots.clear();
+        table.places.fill(NOWHERE);
+        table.held.fill(NOWHERE);
+        table.used.fill(0);
+        device.write(&self.places, 0, bytemuck::cast_slice(&table.places));
+    }
+
     /// Whether an expert is here.
     pub fn holds(&self, expert: ExpertId) -> bool {
         self.lock().places[usize::from(expert.0)] != NOWHERE

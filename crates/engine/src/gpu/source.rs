@@ -13,6 +13,9 @@ macro_rules! text {
     };
 }
 
+/// The kernel that reads a buffer as fast as the device can.
+pub const READ: &str = text!("read");
+
 /// What a mat-vec's input is made of.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Input {

@@ -187,16 +187,20 @@ impl Gpu {
         let most =
             self.tiers.batch().min(self.budget.slots_each).min((host.store.slots() / 4).max(1));
         let mut done = 0;
-        while done < wanted.len() {
-            let records = collect(&mut sweep, most)?;
-            let part = done..done + records.len();
-            let claim = slots.claim(&self.device, wanted[part.clone()].iter().copied());
-            let staged: Vec<_> = records.iter().zip(claim.missing.iter().copied()).collect();
-            let mut work = work();
-            self.stage(host, &mut work, slots, &staged, &[])?;
-            then(&mut work, part.clone());
-            Commands::submit(&self.device, [work.finish()]);
-            done = part.end;
+        for group in wanted.chunks(most) {
+            // What leaves does not depend on how many records come in at once.
+            let claim = slots.claim(&self.device, group.iter().copied());
+            let mut places = &claim.missing[..];
+            while !places.is_empty() {
+                let records = collect(&mut sweep, places.len())?;
+                let (now, later) = places.split_at(records.len());
+                let staged: Vec<_> = records.iter().zip(now.iter().copied()).collect();
+                let mut work = work();
+                self.stage(host, &mut work, slots, &staged, &[])?;
+                then(&mut work, done..done + now.len());
+                Commands::submit(&self.device, [work.finish()]);
+                (places, done) = (later, done + now.len());
+            }
         }
         Ok(())
     }
@@ -250,8 +254,10 @@ impl Gpu {
         let (choice, layout) = (&busy.choice, experts.slots.layout());
         let weights: Vec<f32> = missing.iter().map(|m| choice.weights[m.rank]).collect();
         let one = OneToken { layout, x: &choice.normed, weights: &weights };
+        let back = missing.iter().filter(|m| m.is_back).map(|m| m.expert);
+        let admitted: Vec<ExpertId> = back.take(ADMITTED_MAX).collect();
         let mut used = |i: usize, record: Record<'s>| {
-            if missing[i].is_back && kept.len() < ADMITTED_MAX {
+            if admitted.contains(&missing[i].expert) {
                 kept.push((missing[i].expert, record));
             }
         };
@@ -260,6 +266,8 @@ impl Gpu {
         let Workspace { scratch, tmp } = &mut busy.workspace;
         let buffers = (scratch, tmp, &mut timing);
         add_experts(host.compute, &one, fetch, buffers, &mut used, &mut sum)?;
+        // Neither which ones they are nor their order is that in which they landed.
+        kept.sort_by_key(|(expert, _)| *expert);
         let ns = timing.stage(Stage::Experts).ns;
         self.tiers.computed.fetch_add(missing.len() as u64, Ordering::Relaxed);
         self.tiers.compute_ns.fetch_add(ns, Ordering::Relaxed);

@@ -94,6 +94,13 @@ impl Course {
         })
     }
 
+    /// Leaves out what begins with an empty pool, where it cannot be emptied; says so.
+    pub fn warm_alone(&mut self) -> Option<String> {
+        let had_cold = self.pools.contains(&PoolState::Cold);
+        self.pools = vec![PoolState::Warm];
+        had_cold.then(|| "every expert has its slot in video memory for good: runs are warm".into())
+    }
+
     /// Tokens of random prompt that the longest run takes.
     pub fn prompt_tokens(&self) -> usize {
         let longest = self.prefill.iter().chain(&self.frontiers).copied().max();

@@ -185,6 +185,29 @@ impl GemmProbe {
     }
 }
 
+/// Bytes a second of 4-bit weights that all threads multiply by one vector each, as decode does, on data in
+/// the cache and in f32: at most so many of an expert's.
+pub fn expert_rate(pool: &Pool, isa: Isa, effort: Effort) -> f64 {
+    let tile = Tile::new();
+    let x: Vec<f32> = (0..TILE_COLS).map(|i| ((i * 29 % 83) as f32 - 41.0) / 32.0).collect();
+    let mut sums = [0.0; TILE_COLS / 64];
+    isa.group_sums(&x, 64, &mut sums);
+    let bytes = (tile.bytes.len() * VECTORS * ROUNDS * pool.threads()) as f64;
+    let mut best = 0.0f64;
+    let begun = Instant::now();
+    while best == 0.0 || begun.elapsed() < effort.each {
+        let started = Instant::now();
+        pool.run(pool.threads(), &|_| {
+            let (w, mut y) = (tile.rows(), [0.0; TILE_ROWS]);
+            for _ in 0..VECTORS * ROUNDS {
+                isa.mat_vec(&w, 0, black_box(&x), &sums, black_box(&mut y));
+            }
+        });
+        best = best.max(bytes / started.elapsed().as_secs_f64());
+    }
+    best
+}
+
 /// Columns of the tile that is multiplied.
 const TILE_COLS: usize = 512;
 /// Vectors it is multiplied by: with them everything stays in the second-level cache.
@@ -212,12 +235,16 @@ impl Tile {
         Self { format, bytes }
     }
 
-    /// The products with so many vectors, `[vectors][TILE_ROWS]`, formed `rounds` times.
-    fn product(&self, isa: Isa, arithmetic: Arithmetic, vectors: usize, rounds: usize) -> Vec<f32> {
+    fn rows(&self) -> Rows<'_> {
         let (codes, factors) = self.bytes.split_at(TILE_ROWS * TILE_COLS / 2);
         let (scales, biases) = factors.split_at(factors.len() / 2);
-        let w = Rows::new(self.format, TILE_ROWS, TILE_COLS, codes, scales, biases)
-            .expect("a tile of whole groups");
+        Rows::new(self.format, TILE_ROWS, TILE_COLS, codes, scales, biases)
+            .expect("a tile of whole groups")
+    }
+
+    /// The products with so many vectors, `[vectors][TILE_ROWS]`, formed `rounds` times.
+    fn product(&self, isa: Isa, arithmetic: Arithmetic, vectors: usize, rounds: usize) -> Vec<f32> {
+        let w = self.rows();
         let x: Vec<f32> =
             (0..vectors * TILE_COLS).map(|i| ((i * 29 % 83) as f32 - 41.0) / 32.0).collect();
         let mut y = vec![0.0; TILE_ROWS * vectors];

@@ -21,6 +21,7 @@ use std::time::Instant;
 use anyhow::{Context, Result};
 use flash_moe_engine::budget::Budget;
 use flash_moe_engine::engine::{Engine, Options};
+use flash_moe_engine::gpu::{self, GpuCounters};
 use flash_moe_engine::machine;
 use flash_moe_engine::pool::Pool;
 use flash_moe_engine::store::measure::RecordFiles;
@@ -28,9 +29,10 @@ use flash_moe_engine::store::measure::RecordFiles;
 use crate::options::bench::BenchArgs;
 use crate::options::engine::cores;
 use crate::say;
+use crate::video::Video;
 use course::Course;
 use limits::{DEPTHS, Disk, Effort, GemmProbe, MemoryProbe};
-use report::{Limits, Machine, Model, Report, RunReport};
+use report::{GpuLimits, Limits, Machine, Model, Report, RunReport};
 use walk::{Beside, Walk};
 use work::Work;
 
@@ -53,9 +55,10 @@ pub fn run(args: &BenchArgs) -> Result<()> {
 fn measure(args: &BenchArgs) -> Result<Report> {
     let model = args.engine.open()?;
     let mut notes = args.engine.lossy(&model.container);
-    let course = Course::new(args, model.container.shape().max_positions)?;
+    let mut course = Course::new(args, model.container.shape().max_positions)?;
     notes.extend(course.notes.clone());
-    let mut options = args.engine.processor_options(&model, Some(course.context), "bench")?;
+    let mut options = args.engine.engine_options(&model, Some(course.context))?;
+    options.gpu.iter_mut().for_each(|gpu| gpu.timed = true);
     let effort = Effort::new(args.quick);
     let mut disk = Disk::new(RecordFiles::open(&model.container, options.io)?);
     // The disk is measured beside the loaded model, with as many buffers as reads in flight.
@@ -75,10 +78,15 @@ fn measure(args: &BenchArgs) -> Result<Report> {
     let rates = disk.sweep(effort)?;
     let depth = Limits::best_disk(&rates).map_or(1, |(_, depth)| depth);
     let limits = Limits::new(memory, gemm, &rates, disk.is_direct());
+    let device = options.gpu.as_ref().map(|wanted| gpu::limits(wanted, &pool, effort.each));
+    let limits = Limits { gpu: device.transpose()?.map(GpuLimits::from), ..limits };
 
     let started = Instant::now();
     let engine = Arc::new(Engine::open(model.container, &options)?);
     let open_seconds = started.elapsed().as_secs_f64();
+    if engine.gpu().is_some_and(|gpu| gpu.budget().resident) {
+        notes.extend(course.warm_alone());
+    }
     let prompt = prompt::random_ids(args.seed, course.prompt_tokens(), engine.vocabulary());
     let check = check::check(&engine, &prompt[..check::TOKENS])?;
     let work = Work::of(engine.container(), engine.top_k())?.with_kv_cache(options.kv_cache);
@@ -138,5 +146,7 @@ fn model_of(engine: &Engine, work: &Work, seed: u64, open_seconds: f64) -> Model
         io_why: engine.store().choice().why.clone(),
         prompt: format!("prompts are random ids, seed {seed}; decode takes the likeliest token"),
         open_seconds,
+        device: engine.gpu().map_or("cpu".into(), |gpu| gpu.budget().adapter.clone()),
+        video_memory: engine.gpu().map(|gpu| Video::new(gpu, GpuCounters::default())),
     }
 }

@@ -4,6 +4,7 @@
 //! stages of a prompt against the slower of memory and arithmetic, waiting for experts against the
 //! disk. A fraction is the time at the limit over the time taken.
 
+use flash_moe_engine::gpu::DeviceLimits;
 use flash_moe_engine::store::measure::ReadRate;
 use flash_moe_engine::timing::Stage;
 use serde::Serialize;
@@ -13,6 +14,7 @@ use super::limits::{GemmRate, MemoryRate, fastest};
 use super::walk::{Phase, PoolState, Run};
 use super::work::Work;
 use crate::read_ahead::ReadAhead;
+use crate::video::{Fed, Video};
 
 /// Everything a bench found.
 #[derive(Debug, Serialize)]
@@ -87,6 +89,10 @@ pub struct Model {
     pub prompt: String,
     /// From opening to a model that is ready.
     pub open_seconds: f64,
+    /// What computed: `cpu`, or the name of a GPU.
+    pub device: String,
+    /// Experts and video memory, as the opening left them.
+    pub video_memory: Option<Video>,
 }
 
 /// What the machine can do.
@@ -100,6 +106,38 @@ pub struct Limits {
     pub disk: Vec<DiskRate>,
     /// Whether those reads went past the page cache.
     pub disk_direct: bool,
+    /// The GPU, where one computes.
+    pub gpu: Option<GpuLimits>,
+}
+
+/// What a GPU can do.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct GpuLimits {
+    /// Bytes of its memory that were read again and again.
+    pub read_bytes: u64,
+    /// Bytes of it that it reads.
+    pub read_bytes_per_second: f64,
+    /// Bytes that are copied to where it takes them from.
+    pub stage_bytes_per_second: f64,
+    /// Bytes that it takes from there.
+    pub copy_bytes_per_second: f64,
+    /// Bytes that come in while both go on.
+    pub upload_bytes_per_second: f64,
+    /// From a question until the answer is here.
+    pub round_trip_us: f64,
+}
+
+impl From<DeviceLimits> for GpuLimits {
+    fn from(limits: DeviceLimits) -> Self {
+        Self {
+            read_bytes: limits.read_bytes,
+            read_bytes_per_second: limits.read,
+            stage_bytes_per_second: limits.stage,
+            copy_bytes_per_second: limits.copy,
+            upload_bytes_per_second: limits.upload,
+            round_trip_us: limits.round_trip * 1e6,
+        }
+    }
 }
 
 /// Reading records at one depth.
@@ -150,6 +188,8 @@ pub struct RunReport {
     pub limit_fraction: f64,
     /// As `limit_fraction`, against the median passes beside this run.
     pub limit_fraction_beside: f64,
+    /// What was done to feed a GPU, where one computes.
+    pub fed: Option<Fed>,
     /// The stages, then `other`, which is what the wall time leaves.
     pub stages: Vec<StageReport>,
 }
@@ -194,7 +234,8 @@ pub struct StageReport {
     pub bytes: u64,
     /// Floating-point operations.
     pub operations: f64,
-    /// `memory`, `gemm` or `disk`; none for what has no limit.
+    /// `memory`, `gemm` or `disk`, with a GPU `video` (its memory), `upload` or `memory`; none for what has
+    /// no limit.
     pub limit: Option<&'static str>,
     /// Time at that limit.
     pub limit_seconds: Option<f64>,
@@ -212,7 +253,23 @@ impl From<&ReadRate> for DiskRate {
 impl Limits {
     /// From the measurements.
     pub fn new(memory: MemoryRate, gemm: GemmRate, disk: &[ReadRate], disk_direct: bool) -> Self {
-        Self { memory, gemm, disk: disk.iter().map(DiskRate::from).collect(), disk_direct }
+        let disk = disk.iter().map(DiskRate::from).collect();
+        Self { memory, gemm, disk, disk_direct, gpu: None }
+    }
+
+    /// The best rates, and those beside a run. A GPU is not measured again, and what it can multiply
+    /// not at all.
+    fn rates(&self, run: &Run) -> [Rates; 2] {
+        let [best, beside] = match self.gpu {
+            Some(gpu) => [(gpu.read_bytes_per_second, None); 2],
+            None => {
+                let gemm = self.gemm.flops_per_second;
+                let beside = run.gemm_rate.unwrap_or(gemm);
+                [(self.memory.bytes_per_second, Some(gemm)), (run.memory_rate, Some(beside))]
+            }
+        };
+        let name = if self.gpu.is_some() { "video" } else { "memory" };
+        [best, beside].map(|(memory, gemm)| Rates { name, memory, gemm })
     }
 
     /// The disk's best figure over the depths, in bytes a second, and its depth.
@@ -224,14 +281,16 @@ impl Limits {
 impl RunReport {
     /// Holds a run against the limits.
     pub fn new(run: &Run, work: &Work, limits: &Limits) -> Self {
-        let best = (limits.memory.bytes_per_second, limits.gemm.flops_per_second);
-        let beside = (run.memory_rate, run.gemm_rate.unwrap_or(best.1));
+        let [best, beside] = limits.rates(run);
         let mut stages = stage_reports(run, work, best);
         let fraction = |stages: &[StageReport]| {
             let computed = stages.iter().filter(|s| s.stage != Stage::Fetch.name());
             computed.filter_map(|s| s.limit_seconds).sum::<f64>() / run.seconds
         };
         let fractions = [fraction(&stages), fraction(&stage_reports(run, work, beside))];
+        if let Some(gpu) = &limits.gpu {
+            stages.extend(fed_reports(run, work, limits, gpu));
+        }
         let known: f64 = stages.iter().map(|s| s.seconds).sum();
         stages.push(StageReport {
             stage: "other",
@@ -243,7 +302,8 @@ impl RunReport {
             limit_seconds: None,
             limit_fraction: None,
         });
-        let touched = stages.iter().filter(|s| s.stage != Stage::Fetch.name()).map(|s| s.bytes);
+        let is_touched = |s: &&StageReport| ![Stage::Fetch.name(), UPLOADS, CPU].contains(&s.stage);
+        let touched = stages.iter().filter(is_touched).map(|s| s.bytes);
         let touched: u64 = touched.sum();
         let mut steps = run.step_seconds.clone();
         steps.sort_by(f64::total_cmp);
@@ -258,12 +318,13 @@ impl RunReport {
             step_ms_median: steps.get(steps.len() / 2).map(|s| s * 1e3),
             step_ms_max: steps.last().map(|s| s * 1e3),
             experts: Experts::new(run),
-            memory_fraction: touched as f64 / limits.memory.bytes_per_second / run.seconds,
-            memory_bytes_per_second_beside: run.memory_rate,
-            memory_fraction_beside: touched as f64 / run.memory_rate / run.seconds,
+            memory_fraction: touched as f64 / best.memory / run.seconds,
+            memory_bytes_per_second_beside: beside.memory,
+            memory_fraction_beside: touched as f64 / beside.memory / run.seconds,
             gemm_flops_per_second_beside: run.gemm_rate,
             limit_fraction: fractions[0],
             limit_fraction_beside: fractions[1],
+            fed: run.fed.map(Fed::from),
             stages,
         }
     }
@@ -289,30 +350,33 @@ impl Experts {
     }
 }
 
-/// The stages that a run had, against the rates of the memory and of the products.
-fn stage_reports(run: &Run, work: &Work, rates: (f64, f64)) -> Vec<StageReport> {
+/// What stages are held against.
+#[derive(Clone, Copy)]
+struct Rates {
+    name: &'static str, // of the memory
+    memory: f64,        // bytes a second
+    gemm: Option<f64>,  // operations a second
+}
+
+/// The stages that a run had.
+fn stage_reports(run: &Run, work: &Work, rates: Rates) -> Vec<StageReport> {
     let had = Stage::ALL.into_iter().filter(|&stage| run.timing.stage(stage).calls > 0);
     had.map(|stage| stage_report(run, stage, work, rates)).collect()
 }
 
-fn stage_report(
-    run: &Run,
-    stage: Stage,
-    work: &Work,
-    (memory_rate, gemm_rate): (f64, f64),
-) -> StageReport {
+fn stage_report(run: &Run, stage: Stage, work: &Work, rates: Rates) -> StageReport {
     let total = run.timing.stage(stage);
     let seconds = total.ns as f64 / 1e9;
     let heads = if run.phase == Phase::Decode { run.tokens } else { 1 };
     let operations = work.operations(stage, run.position, run.tokens, heads);
     let bytes = if stage == Stage::Fetch { run.reads.read_bytes } else { total.bytes };
-    let memory = bytes as f64 / memory_rate;
-    let gemm = operations / gemm_rate;
+    let memory = bytes as f64 / rates.memory;
+    let gemm = rates.gemm.map_or(0.0, |rate| operations / rate);
     let bound = match (stage, run.phase) {
         (Stage::Fetch, _) => run.disk_rate.map(|rate| ("disk", bytes as f64 / rate)),
         _ if bytes == 0 => None,
         (_, Phase::Prefill) if gemm > memory => Some(("gemm", gemm)),
-        _ => Some(("memory", memory)),
+        _ => Some((rates.name, memory)),
     };
     // Reads go on while other stages compute, so the disk's share is of the whole run.
     let taken = if stage == Stage::Fetch { run.seconds } else { seconds };
@@ -326,6 +390,36 @@ fn stage_report(
         limit_seconds: bound.map(|(_, at_limit)| at_limit),
         limit_fraction: bound.map(|(_, at_limit)| at_limit / taken),
     }
+}
+
+/// Name of what goes to a GPU, among the stages.
+const UPLOADS: &str = "uploads";
+/// Name of what the processor computes for a GPU, among the stages.
+const CPU: &str = "cpu_experts";
+
+/// What feeds a GPU, where it does: uploads go on while stages compute, so their share is of the whole run.
+fn fed_reports(run: &Run, work: &Work, limits: &Limits, gpu: &GpuLimits) -> Vec<StageReport> {
+    let Some(fed) = &run.fed else { return Vec::new() };
+    let report = |stage, calls: u64, bytes: u64, (seconds, taken): (f64, f64), (limit, rate)| {
+        let at_limit = bytes as f64 / rate;
+        (calls > 0).then(|| StageReport {
+            stage,
+            seconds,
+            calls,
+            bytes,
+            operations: 0.0,
+            limit: Some(limit),
+            limit_seconds: Some(at_limit),
+            limit_fraction: Some(at_limit / taken),
+        })
+    };
+    let computing = fed.compute_ns as f64 / 1e9;
+    let upload = ("upload", gpu.upload_bytes_per_second);
+    let memory = ("memory", limits.memory.bytes_per_second);
+    let computed = fed.computed * work.record_bytes;
+    let uploads = report(UPLOADS, fed.uploads, fed.upload_bytes, (0.0, run.seconds), upload);
+    let others = report(CPU, fed.computed, computed, (computing, computing), memory);
+    uploads.into_iter().chain(others).collect()
 }
 
 /// Every stage of every run as a line, under a line of names.

@@ -7,7 +7,7 @@ use std::fmt::Write as _;
 
 use flash_moe_engine::budget::gib;
 
-use super::report::{Limits, Machine, Model, Report, RunReport};
+use super::report::{GpuLimits, Limits, Machine, Model, Report, RunReport};
 use super::walk::{Phase, PoolState};
 
 /// The whole report.
@@ -91,7 +91,11 @@ fn model_lines(m: &Model) -> String {
         m.reader,
         m.prompt
     );
-    line("model", &model) + &line("run", &run)
+    let mut out = line("model", &model) + &line("run", &run);
+    if let Some(video) = &m.video_memory {
+        out += &line("device", &format!("{}: {}", m.device, video.about(m.experts)));
+    }
+    out
 }
 
 /// The machine's limits.
@@ -123,12 +127,30 @@ pub fn limit_lines(limits: &Limits) -> String {
         .iter()
         .map(|d| format!("{:.2} at {}", d.bytes_per_second / 1e9, d.depth))
         .collect();
+    out += &limits.gpu.map_or_else(String::new, |gpu| gpu.line());
     let how = if limits.disk_direct { "direct" } else { "through the page cache" };
     if !depths.is_empty() {
         let text = format!("GB/s by reads in flight: {} (whole records, {how})", depths.join(", "));
         out += &line("disk", &text);
     }
     out
+}
+
+impl GpuLimits {
+    /// In a line.
+    pub fn line(&self) -> String {
+        let text = format!(
+            "{:.1} GB/s of its memory read over {}, sum checked; uploads {:.1} GB/s (staged at {:.1}, copied \
+             at {:.1}); an answer after {:.0} us",
+            self.read_bytes_per_second / 1e9,
+            gib(self.read_bytes),
+            self.upload_bytes_per_second / 1e9,
+            self.stage_bytes_per_second / 1e9,
+            self.copy_bytes_per_second / 1e9,
+            self.round_trip_us
+        );
+        line("gpu", &text)
+    }
 }
 
 /// The run in the middle of each group of repetitions, with the slowest and the fastest tok/s.
@@ -248,8 +270,9 @@ fn stages(run: &RunReport) -> String {
     );
     let tokens = run.tokens as f64;
     for s in &run.stages {
-        // Reads go on beside the other stages, so their speed is over the whole run.
-        let over = if s.limit == Some("disk") { run.seconds } else { s.seconds };
+        // Reads and uploads go on beside the other stages, so their speed is over the whole run.
+        let is_beside = matches!(s.limit, Some("disk" | "upload"));
+        let over = if is_beside { run.seconds } else { s.seconds };
         let speed = |amount: f64| match amount > 0.0 && over > 0.0 {
             true => format!("{:.1}", amount / over / 1e9),
             false => String::new(),

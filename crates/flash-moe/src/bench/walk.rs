@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use flash_moe_engine::engine::Engine;
+use flash_moe_engine::gpu::{Gpu, GpuCounters};
 use flash_moe_engine::pool::Pool;
 use flash_moe_engine::session::Session;
 use flash_moe_engine::shape::TokenId;
@@ -61,6 +62,8 @@ pub struct Run {
     pub step_seconds: Vec<f64>,
     /// Expert reads.
     pub reads: StoreCounters,
+    /// What was done to feed a GPU, where one computes.
+    pub fed: Option<GpuCounters>,
     /// Stages.
     pub timing: Timing,
     /// The disk's limit just before, in bytes a second.
@@ -209,10 +212,12 @@ impl<'a> Walk<'a> {
     ) -> Result<()> {
         if pool == PoolState::Cold {
             self.engine.store().forget();
+            self.engine.gpu().iter().for_each(|gpu| gpu.forget());
         }
         let disk = self.beside.disk.measure(self.beside.depth, self.beside.time)?;
         let before = self.beside.passes(phase)?;
         let (reads, timing) = (self.engine.store().counters(), session.timing().clone());
+        let fed = self.engine.gpu().map(Gpu::counters);
         let position = session.position();
         let mut step_seconds = Vec::with_capacity(tokens);
         let started = Instant::now();
@@ -228,6 +233,7 @@ impl<'a> Walk<'a> {
             seconds,
             step_seconds,
             reads: self.engine.store().counters().since(&reads),
+            fed: self.engine.gpu().zip(fed).map(|(gpu, before)| gpu.counters().since(&before)),
             timing: session.timing().since(&timing),
             disk_rate: (disk.bytes > 0).then(|| disk.rate()),
             memory_rate: (before.0 + after.0) / 2.0,

@@ -269,31 +269,26 @@ impl EngineArgs {
             other_bytes: tokenizer_bytes * TOKENIZER_FACTOR,
             ..self.machine_options(context)?
         };
-        self.on_device(&model.container, options)
+        let auto = |exact: &Options, wanted| gpu::auto(&model.container, exact, wanted);
+        self.on_device(&auto, options)
     }
 
-    /// As [`EngineArgs::engine_options`], on the processor, which is all that `command` knows.
+    /// The options for dimensions alone: `auto` is the processor, since what a GPU would have to hold is not
+    /// here.
     ///
     /// # Errors
-    /// As there; a GPU was asked for.
-    pub fn processor_options(
-        &self,
-        model: &Model,
-        context: Option<usize>,
-        command: &str,
-    ) -> Result<Options> {
-        if let DeviceChoice::Gpu(_) = self.device {
-            bail!(
-                "{command} knows the processor's limits alone; leave out --device gpu, and for a GPU use \
-                 `flash-moe run --device gpu --timing`"
-            );
-        }
-        let own = Self { device: DeviceChoice::Cpu, ..self.clone() };
-        own.engine_options(model, context)
+    /// As [`EngineArgs::engine_options`].
+    pub fn options_without_model(&self, context: Option<usize>) -> Result<Options> {
+        let options = self.machine_options(context)?;
+        self.on_device(&|_, _| Err("there is no model to hold".into()), options)
     }
 
-    /// The same options on the device that was asked for. A GPU computes in f32.
-    fn on_device(&self, container: &Container, options: Options) -> Result<Options> {
+    /// The same options on the device that was asked for, `auto` as it says. A GPU computes in f32.
+    fn on_device(
+        &self,
+        auto: &dyn Fn(&Options, GpuOptions) -> Result<GpuOptions, String>,
+        options: Options,
+    ) -> Result<Options> {
         let misses = match self.gpu_misses {
             MissesChoice::Auto => Misses::Auto,
             MissesChoice::Upload => Misses::Upload,
@@ -313,7 +308,7 @@ impl EngineArgs {
         let (gpu, why) = match self.device {
             DeviceChoice::Gpu(adapter) => (Some(on_gpu(adapter)), String::new()),
             DeviceChoice::Cpu => (None, "--device is cpu".into()),
-            DeviceChoice::Auto => match gpu::auto(container, &exact, on_gpu(None)) {
+            DeviceChoice::Auto => match auto(&exact, on_gpu(None)) {
                 Ok(adapter) => (Some(adapter), String::new()),
                 Err(why) => (None, format!("--device auto takes the processor: {why}")),
             },

@@ -7,6 +7,7 @@ mod estimate;
 mod hit_rate;
 mod report;
 mod subject;
+mod video;
 
 use anyhow::Result;
 use flash_moe_engine::budget::Budget;
@@ -21,6 +22,7 @@ use crate::say;
 use estimate::{Case, Estimate, Rates};
 use report::{Change, Chunk, Memory, Report, Way};
 use subject::Subject;
+use video::VideoPlan;
 
 /// Chunks that are compared.
 const CHUNKS: [usize; 5] = [256, 512, 1024, 2048, 4096];
@@ -49,6 +51,15 @@ pub fn run(args: &PlanArgs) -> Result<()> {
         chunk: subject.options.prefill_chunk,
         prompt,
     };
+    let wanted = subject.options.gpu.as_ref();
+    let effort = Effort::new(args.quick);
+    let video = wanted.map(|wanted| VideoPlan::new((&subject, wanted), &case, rates, effort));
+    let video_memory = video.transpose()?;
+    // What else is told of changes and chunks is the processor's.
+    let (changes, chunks) = match video_memory {
+        Some(_) => (Vec::new(), Vec::new()),
+        None => (changes(&case, rates), chunks(&subject, &case, budget.context, rates)?),
+    };
     let report = Report {
         estimate: true,
         model: subject.name.clone(),
@@ -62,8 +73,9 @@ pub fn run(args: &PlanArgs) -> Result<()> {
         context: budget.context,
         prompt,
         expected: case.estimate(rates),
-        changes: changes(&case, rates),
-        chunks: chunks(&subject, &case, budget.context, rates)?,
+        video_memory,
+        changes,
+        chunks,
     };
     match args.json {
         true => say::line(&serde_json::to_string_pretty(&report)?),

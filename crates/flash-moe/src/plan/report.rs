@@ -9,6 +9,7 @@ use flash_moe_engine::budget::{Budget, gib};
 use serde::Serialize;
 
 use super::estimate::{Estimate, Range};
+use super::video::VideoPlan;
 use crate::bench::report::{Limits, Machine};
 use crate::bench::table::{limit_lines, line, machine_line};
 
@@ -37,11 +38,13 @@ pub struct Report {
     pub context: usize,
     /// Prompt tokens, and the position of the decode figure.
     pub prompt: usize,
-    /// What to expect.
+    /// What to expect of the processor alone.
     pub expected: Estimate,
-    /// The same with twice of one thing.
+    /// The GPU, where one was asked for.
+    pub video_memory: Option<VideoPlan>,
+    /// The same with twice of one thing; empty with a GPU.
     pub changes: Vec<Change>,
-    /// Prefill of a prompt that fills the context, by chunk; the smallest first.
+    /// Prefill of a prompt that fills the context, by chunk; the smallest first; empty with a GPU.
     pub chunks: Vec<Chunk>,
 }
 
@@ -145,6 +148,9 @@ impl Report {
         out += &limit_lines(&self.limits);
         out += &self.memory_table();
         out += &self.expectations();
+        if let Some(video) = &self.video_memory {
+            return out + &video.render(self.prompt);
+        }
         out += &self.change_table();
         out + &self.chunk_line()
     }
@@ -201,7 +207,9 @@ impl Report {
         let e = &self.expected;
         let chosen = |low: String, high: String| format!("{low:>14}{high:>14}\n");
         let rate = |r: Range| chosen(format!("{:.2}", r.low), format!("{:.2}", r.high));
-        let mut out = format!("\n{:<40}{:>14}{:>14}\n", "expected", "low", "high");
+        let what =
+            self.video_memory.as_ref().map_or("expected", |_| "expected of the processor alone");
+        let mut out = format!("\n{what:<40}{:>14}{:>14}\n", "low", "high");
         let percent = |share: f64| format!("{:.1} %", 100.0 * share);
         let name = format!("hits with {} of the experts in memory", percent(self.residency));
         out += &format!("{name:<40}");

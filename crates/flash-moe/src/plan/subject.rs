@@ -38,6 +38,8 @@ pub struct Subject {
     pub dense_bytes: u64,
     /// A record in whole pages.
     pub slot_bytes: u64,
+    /// Of each layer with experts.
+    pub records: Vec<RecordLayout>,
     /// What it has to touch and compute.
     pub work: Work,
     /// The engine's options.
@@ -59,7 +61,7 @@ impl Subject {
 
     fn container(args: &PlanArgs) -> Result<Self> {
         let model = args.engine.open()?;
-        let options = args.engine.processor_options(&model, args.context, "plan")?;
+        let options = args.engine.engine_options(&model, args.context)?;
         let container = model.container;
         let shape = container.shape().clone();
         let top_k = options.experts_per_token.unwrap_or(shape.moe.top_k);
@@ -68,6 +70,7 @@ impl Subject {
             name: container.manifest().name.clone(),
             dense_bytes: demand.dense_bytes,
             slot_bytes: demand.slot_bytes,
+            records: container.layouts().to_vec(),
             work: Work::of(&container, top_k)?.with_kv_cache(options.kv_cache),
             shape,
             options,
@@ -77,7 +80,7 @@ impl Subject {
 
     fn like(args: &PlanArgs, model: &str) -> Result<Self> {
         let shape = Shape::from_config(&models::config(model, None))?;
-        let options = args.engine.machine_options(args.context)?;
+        let options = args.engine.options_without_model(args.context)?;
         let top_k = options.experts_per_token.unwrap_or(shape.moe.top_k);
         let experts = [precision(args.bits); 3];
         let layout = RecordLayout::new(shape.hidden, shape.moe.width, experts)?;
@@ -98,6 +101,7 @@ impl Subject {
             name: format!("{model}, experts {}, the rest {} bits", args.bits, args.dense_bits),
             dense_bytes: inventory::trunk(&shape).iter().map(|dense| bytes(dense.kind)).sum(),
             slot_bytes: layout.padded_bytes() as u64,
+            records: vec![layout; shape.expert_layers().count()],
             work: Work::new(&shape, top_k, record_bytes, |dense, _, _| Ok(bytes(dense.kind)))?
                 .with_kv_cache(options.kv_cache),
             shape,

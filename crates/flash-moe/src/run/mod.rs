@@ -10,7 +10,6 @@ mod prompt;
 pub mod report;
 mod thinking;
 mod trace;
-mod video;
 
 use std::io::{self, Write};
 use std::path::PathBuf;
@@ -36,13 +35,13 @@ use crate::options::environment;
 use crate::options::run::RunArgs;
 use crate::say::tell;
 use crate::state_file::{NewState, SavedState};
+use crate::video::Video;
 use answer::{Answer, Show};
 use generate::{Finish, Limits, generate, prefill};
 use interrupt::Interrupt;
 use report::{Counters, Report, Settings, Timings, ms, rate};
 use thinking::Thinking;
 use trace::TraceFile;
-use video::Video;
 
 /// A run that is about to start.
 struct Run<'a> {

@@ -14,8 +14,8 @@ use serde::Serialize;
 use serde_json::{Map, Value, json};
 
 use super::generate::Finish;
-use super::video::Video;
 use crate::read_ahead::ReadAhead;
+use crate::video::Video;
 
 /// One finished run.
 #[derive(Debug, Serialize)]

@@ -46,6 +46,7 @@ fn kernels(shape: &Shape, subgroups: bool) -> Vec<(String, String)> {
         ("delta".to_string(), one.delta()),
         ("combine".to_string(), one.combine()),
         ("route".to_string(), one.route()),
+        ("read".to_string(), READ.to_string()),
         ("norm_rows".to_string(), many.norm_rows()),
         ("heads_rows".to_string(), many.heads_rows()),
         ("delta_rows".to_string(), many.delta_rows()),

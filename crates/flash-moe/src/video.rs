@@ -101,6 +101,19 @@ impl Video {
         }
     }
 
+    /// What it has of a layer's experts and what is done about the others, in words.
+    pub fn about(&self, experts: usize) -> String {
+        let slots =
+            format!("{} of {experts} experts a layer in {}", self.slots, gib(self.limit_bytes));
+        match self.slots == experts {
+            true => slots,
+            false => format!(
+                "{slots}; of those that are missing the processor computes {} of 8 (--gpu-misses {})",
+                self.misses.computed_eighths, self.misses.asked
+            ),
+        }
+    }
+
     /// What was done for each of so many decoded tokens, in a line.
     pub fn line(&self, decoded: usize) -> String {
         let each = |count: u64| count as f64 / decoded.max(1) as f64;

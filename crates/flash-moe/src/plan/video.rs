@@ -1,0 +1,228 @@
+//! What a GPU will do with a model: its memory, who computes what it misses, and decode.
+//!
+//! Ranges as in the rest of a plan: the upper end has everything overlapped and the routing of the published
+//! curve, the lower end nothing overlapped and uniform routing. One round trip a layer is in both where
+//! experts are missing. Prefill is left out, since what a GPU can multiply is not measured.
+
+use std::fmt::Write as _;
+
+use flash_moe_engine::budget::gib;
+use flash_moe_engine::gpu::{
+    self, DeviceLimits, GpuOptions, MissPlan, MissRates, Misses, SHARES, VideoBudget,
+};
+use flash_moe_engine::pool::Pool;
+use flash_moe_engine::timing::Stage;
+use serde::Serialize;
+
+use super::estimate::{Case, Range, Rates};
+use super::hit_rate::{skewed, uniform};
+use super::report::MemoryLine;
+use super::subject::Subject;
+use crate::bench::limits::{self, Effort};
+use crate::bench::report::GpuLimits;
+use crate::bench::table::line;
+
+/// A model on a GPU.
+#[derive(Debug, Serialize)]
+pub struct VideoPlan {
+    /// Name of the GPU.
+    pub device: String,
+    /// What it can do.
+    pub limits: GpuLimits,
+    /// Video memory that may be used.
+    pub limit_bytes: u64,
+    /// All of it that is not experts.
+    pub lines: Vec<MemoryLine>,
+    /// Experts.
+    pub slots_bytes: u64,
+    /// Experts of each layer that have a slot.
+    pub slots: usize,
+    /// Experts of each layer.
+    pub experts: usize,
+    /// Bytes of records that the processor computes, a second.
+    pub compute_bytes_per_second: f64,
+    /// Eighths of a layer's missing experts that it computes.
+    pub computed_eighths: usize,
+    /// Share of experts found in video memory.
+    pub hit_rate: Range,
+    /// Bytes of records that a token misses there, at the low and the high end of the hits.
+    pub miss_bytes: Range,
+    /// Bytes of these that are read from disk.
+    pub disk_bytes: Range,
+    /// Decoded tokens a second.
+    pub decode: Range,
+}
+
+impl VideoPlan {
+    /// Of a model under a memory limit, for the GPU that was asked for.
+    ///
+    /// # Errors
+    /// No such GPU; a plan above its memory, as a table; a measurement that failed.
+    pub fn new(
+        (subject, wanted): (&Subject, &GpuOptions),
+        case: &Case,
+        rates: Rates,
+        effort: Effort,
+    ) -> anyhow::Result<Self> {
+        let options = &subject.options;
+        // The embedding stays here unless it is the head as well.
+        let embedding = subject.work.dense(Stage::Embed).bytes;
+        let stays = if subject.shape.tied_head { 0 } else { embedding };
+        let dense_bytes = subject.dense_bytes.saturating_sub(stays);
+        let budget = gpu::plan(&subject.shape, &subject.records, dense_bytes, options, wanted)?;
+        let pool = Pool::new(options.threads);
+        let device = gpu::limits(wanted, &pool, effort.each)?;
+        let compute = limits::expert_rate(&pool, options.isa, effort).min(rates.memory);
+        Ok(Self::estimate(&budget, wanted.misses, case, (device, compute, rates.disk)))
+    }
+
+    fn estimate(
+        budget: &VideoBudget,
+        misses: Misses,
+        case: &Case,
+        (device, compute, disk): (DeviceLimits, f64, f64),
+    ) -> Self {
+        let rates = MissRates { stage: device.stage, upload: device.copy, compute };
+        let computed_eighths = match misses {
+            _ if budget.resident => 0,
+            Misses::Auto => rates.computed_eighths(),
+            Misses::Upload => 0,
+            Misses::Cpu => SHARES,
+        };
+        let here = budget.slots_each as f64 / budget.experts.max(1) as f64;
+        let anywhere = here.max(case.residency());
+        let hit_rate = Range { low: uniform(here), high: skewed(here) };
+        let work = &case.work;
+        let asked = (work.records_per_token() as u64 * work.record_bytes) as f64;
+        let missed = |hits: f64| asked * (1.0 - hits);
+        let miss_bytes = Range { low: missed(hit_rate.low), high: missed(hit_rate.high) };
+        let disk_bytes = Range { low: missed(uniform(anywhere)), high: missed(skewed(anywhere)) };
+        let trips = if budget.resident { 1 } else { work.expert_layers() + 1 };
+        let trips = trips as f64 * device.round_trip;
+        let part = computed_eighths as f64 / SHARES as f64;
+        let seconds = |missed: f64, read: f64| {
+            let touched = work.all_token_bytes(case.prompt) - part * missed;
+            let (uploaded, computed) = ((1.0 - part) * missed, part * missed);
+            let staging = uploaded / rates.stage;
+            let rest = [uploaded / rates.upload, computed / rates.compute];
+            ([touched / device.read, staging], rest, read / disk)
+        };
+        let ([device_low, staging], rest, read) = seconds(miss_bytes.low, disk_bytes.low);
+        let low = trips + device_low + staging + rest[0] + rest[1] + read;
+        let ([device_high, staging], rest, read) = seconds(miss_bytes.high, disk_bytes.high);
+        let high = trips + device_high.max(staging + rest[0].max(rest[1])).max(read);
+        let lines = budget.fixed.iter().map(|l| MemoryLine { name: l.name, bytes: l.bytes });
+        Self {
+            device: budget.adapter.clone(),
+            limits: device.into(),
+            limit_bytes: budget.limit,
+            lines: lines.collect(),
+            slots_bytes: budget.slots_each as u64 * budget.slot_bytes,
+            slots: budget.slots_each,
+            experts: budget.experts,
+            compute_bytes_per_second: compute,
+            computed_eighths,
+            hit_rate,
+            miss_bytes,
+            disk_bytes,
+            decode: Range { low: 1.0 / low, high: 1.0 / high },
+        }
+    }
+
+    /// The part of the page.
+    pub fn render(&self, prompt: usize) -> String {
+        let mut out = format!("\nvideo memory of {}\n", self.device);
+        let mut row = |name: &str, bytes: u64| {
+            writeln!(out, "  {name:<38}{:>12}", gib(bytes)).expect("writing to a string");
+        };
+        self.lines.iter().for_each(|l| row(l.name, l.bytes));
+        row(&format!("experts, {} of {} a layer", self.slots, self.experts), self.slots_bytes);
+        row("total", self.lines.iter().map(|l| l.bytes).sum::<u64>() + self.slots_bytes);
+        row("limit", self.limit_bytes);
+        out += &self.limits.line();
+        let misses = MissPlan {
+            misses: Misses::Auto,
+            computed_eighths: self.computed_eighths,
+            rates: Some(MissRates {
+                stage: self.limits.stage_bytes_per_second,
+                upload: self.limits.copy_bytes_per_second,
+                compute: self.compute_bytes_per_second,
+            }),
+        };
+        if self.slots < self.experts {
+            out += &line("misses", &misses.to_string());
+        }
+        let mut row = |name: &str, range: Range, shown: fn(f64) -> String| {
+            let (low, high) = (shown(range.low), shown(range.high));
+            writeln!(out, "{name:<40}{low:>14}{high:>14}").expect("writing to a string");
+        };
+        let mb = |bytes: f64| format!("{:.1}", bytes / 1e6);
+        row("hits in video memory", self.hit_rate, |share| format!("{:.1} %", 100.0 * share));
+        row("MB missed there for a token", self.miss_bytes, mb);
+        row("MB of these read from disk", self.disk_bytes, mb);
+        let name = format!("decode tok/s at position {prompt} on the GPU");
+        row(&name, self.decode, |rate| format!("{rate:.2}"));
+        out
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::bench::work::Work;
+    use crate::synth::models;
+    use flash_moe_engine::shape::Shape;
+
+    const DEVICE: DeviceLimits = DeviceLimits {
+        read_bytes: 1,
+        read: 1e12,
+        stage: 40e9,
+        copy: 10e9,
+        upload: 9e9,
+        round_trip: 50e-6,
+    };
+
+    fn plan(slots_each: usize, misses: Misses) -> VideoPlan {
+        let shape = Shape::from_config(&models::config("qwen3.5-35b-a3b", None)).unwrap();
+        let record = 3 * 2048 * 512 * 9 / 16;
+        let work = Work::new(&shape, 8, record, |_, rows, cols| Ok((rows * cols * 9 / 16) as u64));
+        let work = work.unwrap();
+        let (fixed_bytes, limit_bytes) = (1 << 30, 64 << 30);
+        let case =
+            Case { work, slot_bytes: record, fixed_bytes, limit_bytes, chunk: 512, prompt: 512 };
+        let budget = VideoBudget {
+            adapter: "a GPU".into(),
+            limit: 8 << 30,
+            fixed: Vec::new(),
+            slot_bytes: 40 * record,
+            slots_each,
+            experts: 256,
+            resident: slots_each == 256,
+            buffer_bytes: 1 << 30,
+        };
+        VideoPlan::estimate(&budget, misses, &case, (DEVICE, 10e9, 1e9))
+    }
+
+    #[test]
+    fn a_model_in_video_memory_is_limited_by_that_and_one_answer() {
+        let plan = plan(256, Misses::Cpu);
+        assert_eq!((plan.computed_eighths, plan.hit_rate.low), (0, 1.0));
+        assert!((plan.decode.low / plan.decode.high - 1.0).abs() < 1e-9, "{:?}", plan.decode);
+        assert!((300.0..700.0).contains(&plan.decode.high), "{:?}", plan.decode);
+    }
+
+    #[test]
+    fn what_is_missing_is_shared_out_and_costs_time() {
+        let all = [Misses::Upload, Misses::Cpu, Misses::Auto].map(|misses| plan(64, misses));
+        assert_eq!(all.each_ref().map(|p| p.computed_eighths), [0, 8, 4]);
+        assert!(all[2].decode.high > all[0].decode.high && all[2].decode.high > all[1].decode.high);
+        let asked = 320.0 * (3 * 2048 * 512 * 9 / 16) as f64;
+        assert!((all[0].miss_bytes.low / (0.75 * asked) - 1.0).abs() < 1e-9);
+        // All of them are in memory.
+        assert_eq!(all[0].disk_bytes, Range { low: 0.0, high: 0.0 });
+        assert!(all.iter().all(|p| p.decode.low < p.decode.high));
+        let page = all[2].render(512);
+        assert!(page.contains("64 of 256 a layer") && page.contains("4 eighths"), "{page}");
+        assert!(page.lines().all(|l| l.len() <= 100), "{page}");
+    }
+}
