@@ -25,7 +25,7 @@ fn a_bench_counts_what_it_says() {
     let home = converted();
     let (model, csv) = (text(&home.path("container")), text(&home.path("bench.csv")));
     let mut args = vec!["bench", "--model", &model, "--memory", "1GiB", "--quick", "--json"];
-    args.extend_from_slice(&["--context-at", "16,64,100000", "--decode", "8"]);
+    args.extend_from_slice(&["--context-at", "16,64,80,100000", "--decode", "8"]);
     args.extend_from_slice(&["--prefill", "24", "--repeat", "2", "--csv", &csv]);
     let found = object(&home, &args);
 
@@ -52,6 +52,8 @@ fn a_bench_counts_what_it_says() {
         "prefill warm 32",
         "decode warm 64",
         "decode cold 72",
+        "decode warm 80",
+        "decode cold 88",
     ];
     let twice: Vec<&str> = once.iter().chain(&once).copied().collect();
     assert_eq!(kinds.iter().map(|k| k.replace('"', "")).collect::<Vec<_>>(), twice);
@@ -63,6 +65,10 @@ fn a_bench_counts_what_it_says() {
         let beside =
             number(&run["memory_fraction_beside"]) * number(&run["memory_bytes_per_second_beside"]);
         assert!(beside > 0.0 && (best / beside - 1.0).abs() < 1e-9, "{run}");
+        assert!(number(&run["limit_fraction"]) > 0.0, "{run}");
+        assert!(number(&run["limit_fraction_beside"]) > 0.0, "{run}");
+        let products = run["gemm_flops_per_second_beside"].as_f64().is_some_and(|rate| rate > 0.0);
+        assert_eq!(products, run["phase"] == "prefill", "{run}");
     }
     csv_matches(&std::fs::read_to_string(&csv).expect("the CSV file"), runs);
 }

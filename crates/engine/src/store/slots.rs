@@ -138,7 +138,7 @@ impl Slots {
     pub fn claim(&mut self, key: Key, purpose: Purpose) -> Option<SlotId> {
         debug_assert!(!self.holds(key), "claimed only when it is not here");
         let index = match purpose {
-            Purpose::Scan => self.recycle().or_else(|| self.evict())?,
+            Purpose::Scan => self.empty().or_else(|| self.recycle()).or_else(|| self.evict())?,
             _ => self.evict()?,
         };
         self.vacate(index);
@@ -152,10 +152,16 @@ impl Slots {
     /// to last: what is claimed first stays longest. `None` when no slot is empty.
     pub fn claim_empty(&mut self, key: Key, purpose: Purpose) -> Option<SlotId> {
         debug_assert!(!self.holds(key), "claimed only when it is not here");
+        let index = self.empty()?;
+        Some(self.fill(index, key, purpose))
+    }
+
+    /// The empty slot that the hand comes to last.
+    fn empty(&mut self) -> Option<usize> {
         let below = &self.slots[..self.empty_below];
         let index = below.iter().rposition(|slot| slot.state == SlotState::Empty);
         self.empty_below = index.unwrap_or(0);
-        Some(self.fill(index?, key, purpose))
+        index
     }
 
     fn fill(&mut self, index: usize, key: Key, purpose: Purpose) -> SlotId {
@@ -372,6 +378,17 @@ mod tests {
         }
         let kept = (0..150).filter(|&key| slots.holds(Key(key))).count();
         assert!(kept >= 140, "{kept} of 150 kept");
+    }
+
+    #[test]
+    fn a_scan_recycles_nothing_while_a_slot_is_empty() {
+        let mut slots = Slots::new(200, 5000);
+        for key in 0..200 {
+            read(&mut slots, key, Purpose::Scan);
+        }
+        assert!((0..200).all(|key| slots.holds(Key(key))));
+        read(&mut slots, 200, Purpose::Scan);
+        assert!(!slots.holds(Key(0)), "the oldest goes first");
     }
 
     #[test]

@@ -133,7 +133,7 @@ impl<'a> Bench<'a> {
         }
         drop(pass);
         device.submit(encoder);
-        device.wait().unwrap_or_else(|e| panic!("{e}"));
+        device.wait_for(None).unwrap_or_else(|e| panic!("{e}"));
     }
 }
 

@@ -158,9 +158,12 @@ impl<'a> Walk<'a> {
         Ok(())
     }
 
-    /// Takes the prompt up to position `end`.
+    /// Takes the prompt up to position `end`, if it is not there already.
     fn prefill(&mut self, session: &mut Session, end: usize, pool: PoolState) -> Result<()> {
         let from = session.position();
+        if from == end {
+            return Ok(());
+        }
         let tokens = &self.prompt[from..end];
         let bar = self.bar("prefill", from, tokens.len());
         self.timed(session, (Phase::Prefill, pool), tokens.len(), |session, _| {
