@@ -52,13 +52,20 @@ pub fn run(args: &BenchArgs) -> Result<()> {
     }
 }
 
+/// What the clock of a GPU costs.
+const TIMED: &str = "stages are timed by the device, each in a pass of its own, which takes time \
+                     itself, up to half of a fast decode; `run --json` has the speed without";
+
 fn measure(args: &BenchArgs) -> Result<Report> {
     let model = args.engine.open()?;
     let mut notes = args.engine.lossy(&model.container);
     let mut course = Course::new(args, model.container.shape().max_positions)?;
     notes.extend(course.notes.clone());
     let mut options = args.engine.engine_options(&model, Some(course.context))?;
-    options.gpu.iter_mut().for_each(|gpu| gpu.timed = true);
+    if let Some(gpu) = &mut options.gpu {
+        gpu.timed = true;
+        notes.push(TIMED.into());
+    }
     let effort = Effort::new(args.quick);
     let mut disk = Disk::new(RecordFiles::open(&model.container, options.io)?);
     // The disk is measured beside the loaded model, with as many buffers as reads in flight.
