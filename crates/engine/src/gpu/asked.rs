@@ -123,7 +123,7 @@ impl fmt::Display for MissPlan {
             SHARES => write!(f, "experts that video memory misses are computed by the processor")?,
             _ => write!(
                 f,
-                "of a layer's experts that video memory misses the processor computes {computed} eighths"
+                "of a layer's experts that video memory misses the processor computes {computed} of {SHARES}"
             )?,
         }
         let Some(rates) = self.rates else {

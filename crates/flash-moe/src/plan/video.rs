@@ -222,7 +222,7 @@ mod tests {
         assert_eq!(all[0].disk_bytes, Range { low: 0.0, high: 0.0 });
         assert!(all.iter().all(|p| p.decode.low < p.decode.high));
         let page = all[2].render(512);
-        assert!(page.contains("64 of 256 a layer") && page.contains("4 eighths"), "{page}");
+        assert!(page.contains("64 of 256 a layer") && page.contains("computes 4 of 8"), "{page}");
         assert!(page.lines().all(|l| l.len() <= 100), "{page}");
     }
 }
