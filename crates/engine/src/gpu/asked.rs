@@ -38,7 +38,7 @@ pub struct GpuOptions {
     pub memory_bytes: Option<u64>,
     /// Where compiled kernels are kept from one run to the next; without it they are compiled anew.
     pub kernels_dir: Option<PathBuf>,
-    /// Whether the device's clock times every stage, which costs a few hundredths of the speed.
+    /// Whether the device's clock times every stage, which takes up to half of a fast decode's speed.
     pub timed: bool,
     /// Who computes an expert that is in memory and not in video memory.
     pub misses: Misses,
@@ -82,6 +82,15 @@ pub struct MissRates {
 pub const SHARES: usize = 8;
 
 impl MissRates {
+    /// Of each rate the higher.
+    pub fn or_faster(self, other: Self) -> Self {
+        Self {
+            stage: self.stage.max(other.stage),
+            upload: self.upload.max(other.upload),
+            compute: self.compute.max(other.compute),
+        }
+    }
+
     /// The part of a layer's missing experts, in eighths, that the processor computes so that all are
     /// done soonest.
     ///
@@ -292,6 +301,7 @@ mod tests {
         assert_eq!(rates(40.0, 30.0, 0.1).computed_eighths(), 0);
         // What is computed quicker than it is copied is not copied.
         assert_eq!(rates(8.0, 30.0, 10.0).computed_eighths(), SHARES);
+        assert_eq!(rates(1.0, 5.0, 3.0).or_faster(rates(2.0, 4.0, 6.0)), rates(2.0, 5.0, 6.0));
     }
 
     #[test]

@@ -18,6 +18,8 @@ use crate::timing::Timing;
 
 /// Records of a measurement at most.
 const RECORDS_MAX: usize = 8;
+/// Measurements, of which the first walks every way once and the best of the others count.
+const ROUNDS: usize = 5;
 
 impl Gpu {
     /// Decides who computes what is missing.
@@ -32,7 +34,7 @@ impl Gpu {
         Ok(())
     }
 
-    /// Measures on other records than those with which every way is walked once before.
+    /// Measures on other records each time, since what was uploaded is not missing any more.
     fn measure(&self, host: &Host) -> Result<Option<MissRates>> {
         let experts = self.layers.iter().find_map(|layer| match &layer.feed_forward {
             Feeding::Experts(experts) => Some(experts),
@@ -40,16 +42,22 @@ impl Gpu {
         });
         let Some(experts) = experts else { return Ok(None) };
         let most = RECORDS_MAX.min(self.tiers.batch()).min(self.budget.slots_each);
-        let count = most.min(host.store.slots() / 4).min(self.shape.moe.experts / 2).max(1) as u16;
-        let ids = |first: u16| (first..first + count).map(ExpertId).collect::<Vec<_>>();
+        let count = most.min(host.store.slots() / 4).min(self.shape.moe.experts / ROUNDS).max(1);
         let mut workspace = Workspace::default();
-        let mut rates = None;
-        for ids in [ids(0), ids(count)] {
+        let mut round = |round: usize| {
+            let first = (round * count) as u16;
+            let ids: Vec<_> = (first..first + count as u16).map(ExpertId).collect();
             let [stage, upload] = self.measure_upload(host, experts, &ids)?;
             let compute = self.measure_processor(host, experts, &ids, &mut workspace)?;
-            rates = Some(MissRates { stage, upload, compute });
+            Ok(MissRates { stage, upload, compute })
+        };
+        round(0)?;
+        let mut best: Option<MissRates> = None;
+        for number in 1..ROUNDS.min(self.shape.moe.experts) {
+            let rates = round(number)?;
+            best = Some(best.map_or(rates, |best| best.or_faster(rates)));
         }
-        Ok(rates)
+        Ok(best)
     }
 
     fn measure_upload(&self, host: &Host, experts: &Experts, ids: &[ExpertId]) -> Result<[f64; 2]> {

@@ -152,13 +152,7 @@ impl GemmProbe {
         let tile = Tile::new();
         let ours = tile.product(isa, arithmetic, CHECKED_VECTORS, 1);
         let theirs = tile.product(Isa::scalar(), arithmetic, CHECKED_VECTORS, 1);
-        for (i, (ours, theirs)) in ours.into_iter().zip(theirs).enumerate() {
-            ensure!(
-                (ours - theirs).abs() < 1e-2,
-                "product {i} on {}: {ours}, the scalar kernel says {theirs}",
-                isa.name()
-            );
-        }
+        agree(isa, &ours, &theirs)?;
         Ok(Self { tile, isa, arithmetic })
     }
 
@@ -187,25 +181,50 @@ impl GemmProbe {
 
 /// Bytes a second of 4-bit weights that all threads multiply by one vector each, as decode does, on data in
 /// the cache and in f32: at most so many of an expert's.
-pub fn expert_rate(pool: &Pool, isa: Isa, effort: Effort) -> f64 {
+///
+/// # Errors
+/// A product that differs from the scalar kernel's.
+pub fn expert_rate(pool: &Pool, isa: Isa, effort: Effort) -> Result<f64> {
     let tile = Tile::new();
-    let x: Vec<f32> = (0..TILE_COLS).map(|i| ((i * 29 % 83) as f32 - 41.0) / 32.0).collect();
+    let x = inputs(1);
     let mut sums = [0.0; TILE_COLS / 64];
     isa.group_sums(&x, 64, &mut sums);
+    let product = |isa: Isa, rounds| {
+        let (w, mut y) = (tile.rows(), [0.0; TILE_ROWS]);
+        for _ in 0..rounds {
+            isa.mat_vec(&w, 0, black_box(&x), &sums, black_box(&mut y));
+        }
+        y
+    };
+    agree(isa, &product(isa, 1), &product(Isa::scalar(), 1))?;
     let bytes = (tile.bytes.len() * VECTORS * ROUNDS * pool.threads()) as f64;
     let mut best = 0.0f64;
     let begun = Instant::now();
     while best == 0.0 || begun.elapsed() < effort.each {
         let started = Instant::now();
         pool.run(pool.threads(), &|_| {
-            let (w, mut y) = (tile.rows(), [0.0; TILE_ROWS]);
-            for _ in 0..VECTORS * ROUNDS {
-                isa.mat_vec(&w, 0, black_box(&x), &sums, black_box(&mut y));
-            }
+            black_box(product(isa, VECTORS * ROUNDS));
         });
         best = best.max(bytes / started.elapsed().as_secs_f64());
     }
-    best
+    Ok(best)
+}
+
+/// Whether products are the scalar kernel's.
+fn agree(isa: Isa, ours: &[f32], theirs: &[f32]) -> Result<()> {
+    for (i, (ours, theirs)) in ours.iter().zip(theirs).enumerate() {
+        ensure!(
+            (ours - theirs).abs() < 1e-2,
+            "product {i} on {}: {ours}, the scalar kernel says {theirs}",
+            isa.name()
+        );
+    }
+    Ok(())
+}
+
+/// So many vectors of a tile's columns.
+fn inputs(vectors: usize) -> Vec<f32> {
+    (0..vectors * TILE_COLS).map(|i| ((i * 29 % 83) as f32 - 41.0) / 32.0).collect()
 }
 
 /// Columns of the tile that is multiplied.
@@ -245,8 +264,7 @@ impl Tile {
     /// The products with so many vectors, `[vectors][TILE_ROWS]`, formed `rounds` times.
     fn product(&self, isa: Isa, arithmetic: Arithmetic, vectors: usize, rounds: usize) -> Vec<f32> {
         let w = self.rows();
-        let x: Vec<f32> =
-            (0..vectors * TILE_COLS).map(|i| ((i * 29 % 83) as f32 - 41.0) / 32.0).collect();
+        let x = inputs(vectors);
         let mut y = vec![0.0; TILE_ROWS * vectors];
         let Some(layout) = FixedLayout::of(self.format).filter(|_| arithmetic != Arithmetic::Exact)
         else {
@@ -343,6 +361,7 @@ mod tests {
         assert_eq!((memory.threads, memory.bytes), (2, 4 << 20));
         assert!(memory.bytes_per_second >= memory.bytes_per_second_median);
         for isa in Isa::available() {
+            assert!(expert_rate(&pool, isa, Effort::new(true)).unwrap() > 0.0);
             for arithmetic in [Arithmetic::Exact, Arithmetic::Fixed16, Arithmetic::Fast8] {
                 let probe = GemmProbe::new(isa, arithmetic).unwrap();
                 let rate = probe.measure(&pool, Effort::new(true).beside);

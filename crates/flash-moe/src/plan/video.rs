@@ -72,7 +72,7 @@ impl VideoPlan {
         let budget = gpu::plan(&subject.shape, &subject.records, dense_bytes, options, wanted)?;
         let pool = Pool::new(options.threads);
         let device = gpu::limits(wanted, &pool, effort.each)?;
-        let compute = limits::expert_rate(&pool, options.isa, effort).min(rates.memory);
+        let compute = limits::expert_rate(&pool, options.isa, effort)?.min(rates.memory);
         Ok(Self::estimate(&budget, wanted.misses, case, (device, compute, rates.disk)))
     }
 
