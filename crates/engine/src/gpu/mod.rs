@@ -7,6 +7,7 @@
 //! anything is allocated. The CPU's blocks are the truth that this is tested against.
 
 mod adapters;
+mod alone;
 mod asked;
 mod chunk;
 mod clock;
@@ -30,6 +31,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use wgpu::{BindGroup, Buffer};
 
 pub use adapters::{Adapter, AdapterKind, adapters, auto, pick};
+pub use alone::KernelRate;
 pub use asked::{
     ChunkInput, DeviceLimits, GpuCounters, GpuOptions, Host, Logits, MissPlan, MissRates, Misses,
     NO_ADAPTER, SHARES, Token, VideoBudget, Watch, uploads_bytes,

@@ -5,13 +5,15 @@
 //! have a slot, whichever they are. While the device is at that, the rest of the layer and the next
 //! one up to its choice are written; what is missing goes in front of them. One wait a layer.
 
-use wgpu::{CommandBuffer, ComputePass, SubmissionIndex};
+use wgpu::{BindGroup, CommandBuffer, ComputePass, SubmissionIndex};
 
 use super::asked::Host;
 use super::clock::{Commands, Work};
 use super::dense::bytes_of;
+use super::kernels::{AttentionKernels, DeltaKernels, MatVec};
 use super::layout::{SPLITS_MAX, grouped};
 use super::tiers::{Asked, Workspace};
+use super::timeline::LayerMemory;
 use super::{Experts, Feeding, Gpu, Layer, Logits, Mixing, Part, Timeline, Token, Watch};
 use crate::error::Result;
 use crate::kv_cache::PAGE_POSITIONS;
@@ -167,7 +169,7 @@ impl Gpu {
     }
 
     /// Brings what the kernels of a token are told.
-    fn begin(&self, token: &Token) -> Result<Commands<'_>> {
+    pub(super) fn begin(&self, token: &Token) -> Result<Commands<'_>> {
         let mut words = vec![0f32; self.layout.at("NORMED_AT")];
         let mut put = |name: &str, values: &[f32]| {
             words[self.layout.at(name)..][..values.len()].copy_from_slice(values);
@@ -237,7 +239,7 @@ impl Gpu {
         })
     }
 
-    fn mat_vec(&self, pass: &mut ComputePass, kernel: &super::kernels::MatVec, parts: &[Part]) {
+    pub(super) fn mat_vec(&self, pass: &mut ComputePass, kernel: &MatVec, parts: &[Part]) {
         pass.set_pipeline(&kernel.kernel);
         for part in parts {
             pass.set_bind_group(1, &part.group, &[]);
@@ -246,47 +248,84 @@ impl Gpu {
     }
 
     /// `h += mix(norm(h))`.
-    fn mix(
-        &self,
-        work: &mut Work,
-        layer: &Layer,
-        memory: &super::timeline::LayerMemory,
-        position: usize,
-    ) {
+    fn mix(&self, work: &mut Work, layer: &Layer, memory: &LayerMemory, position: usize) {
         let k = &self.kernels;
         match (&layer.mix, &k.attention, &k.delta) {
             (Mixing::Attention { project, norms, out }, Some(kernels), _) => {
-                let a = &self.shape.attention;
-                let kept = self.kv.page_bytes() * (position / PAGE_POSITIONS + 1) as u64;
+                let kept = self.kept_bytes(position);
                 let pass = work.stage(Stage::Attention, bytes_of(project) + bytes_of(out) + kept);
                 self.mat_vec(pass, &k.project, project);
-                pass.set_pipeline(&kernels.turn);
-                pass.set_bind_group(1, norms, &[]);
-                pass.set_bind_group(2, &memory.write, &[]);
-                pass.dispatch_workgroups((a.heads + a.kv_heads) as u32, 1, 1);
-                pass.set_pipeline(&kernels.attend);
-                pass.set_bind_group(1, &memory.read, &[]);
-                let pages = (position + 1).div_ceil(PAGE_POSITIONS);
-                let splits = pages.div_ceil(self.pages_each(position));
-                let groups = a.heads / grouped(&self.shape);
-                pass.dispatch_workgroups(groups as u32, splits as u32, 1);
-                pass.set_pipeline(&kernels.combine);
-                pass.dispatch_workgroups(a.heads as u32, 1, 1);
+                self.turn(pass, kernels, norms, memory);
+                self.attend(pass, kernels, memory, position);
+                self.combine(pass, kernels);
                 self.mat_vec(pass, &kernels.out, out);
             }
             (Mixing::DeltaNet { project, vectors, out }, _, Some(kernels)) => {
-                let d = self.shape.delta.as_ref().expect("a delta-net layer has its dimensions");
                 let state = 2 * self.delta_bytes()[0];
                 let pass = work.stage(Stage::DeltaNet, bytes_of(project) + bytes_of(out) + state);
                 self.mat_vec(pass, &k.project, project);
-                pass.set_pipeline(&kernels.rule);
-                pass.set_bind_group(1, vectors, &[]);
-                pass.set_bind_group(2, &memory.write, &[]);
-                pass.dispatch_workgroups(d.value_heads as u32, d.value_dim as u32 / 32, 1);
+                self.rule(pass, kernels, vectors, memory);
                 self.mat_vec(pass, &kernels.out, out);
             }
             _ => unreachable!("kernels are compiled for every kind of layer that there is"),
         }
+    }
+
+    /// Bytes of a layer's keys and values up to a position.
+    pub(super) fn kept_bytes(&self, position: usize) -> u64 {
+        self.kv.page_bytes() * (position / PAGE_POSITIONS + 1) as u64
+    }
+
+    /// Norm and rotation of queries and keys, and the new key and value to the cache.
+    pub(super) fn turn(
+        &self,
+        pass: &mut ComputePass,
+        kernels: &AttentionKernels,
+        norms: &BindGroup,
+        memory: &LayerMemory,
+    ) {
+        let a = &self.shape.attention;
+        pass.set_pipeline(&kernels.turn);
+        pass.set_bind_group(1, norms, &[]);
+        pass.set_bind_group(2, &memory.write, &[]);
+        pass.dispatch_workgroups((a.heads + a.kv_heads) as u32, 1, 1);
+    }
+
+    /// Attention over parts of the context.
+    pub(super) fn attend(
+        &self,
+        pass: &mut ComputePass,
+        kernels: &AttentionKernels,
+        memory: &LayerMemory,
+        position: usize,
+    ) {
+        pass.set_pipeline(&kernels.attend);
+        pass.set_bind_group(1, &memory.read, &[]);
+        let pages = (position + 1).div_ceil(PAGE_POSITIONS);
+        let splits = pages.div_ceil(self.pages_each(position));
+        let groups = self.shape.attention.heads / grouped(&self.shape);
+        pass.dispatch_workgroups(groups as u32, splits as u32, 1);
+    }
+
+    /// The parts joined.
+    pub(super) fn combine(&self, pass: &mut ComputePass, kernels: &AttentionKernels) {
+        pass.set_pipeline(&kernels.combine);
+        pass.dispatch_workgroups(self.shape.attention.heads as u32, 1, 1);
+    }
+
+    /// The delta rule.
+    pub(super) fn rule(
+        &self,
+        pass: &mut ComputePass,
+        kernels: &DeltaKernels,
+        vectors: &BindGroup,
+        memory: &LayerMemory,
+    ) {
+        let d = self.shape.delta.as_ref().expect("a delta-net layer has its dimensions");
+        pass.set_pipeline(&kernels.rule);
+        pass.set_bind_group(1, vectors, &[]);
+        pass.set_bind_group(2, &memory.write, &[]);
+        pass.dispatch_workgroups(d.value_heads as u32, d.value_dim as u32 / 32, 1);
     }
 
     fn dense(&self, work: &mut Work, up: &[Part], down: &[Part]) {
@@ -375,12 +414,17 @@ impl Gpu {
         pass.dispatch_workgroups(kernels.up_workgroups, ranks as u32, 1);
     }
 
-    /// Down of the chosen experts and of the shared one.
-    fn down(&self, work: &mut Work, experts: &Experts) {
-        let kernels = &self.kernels.experts[experts.kernels];
+    /// Bytes of weights that the experts of a token have, and the shared one's down.
+    pub(super) fn bytes_of_experts(&self, experts: &Experts) -> [u64; 2] {
+        let layout = &self.kernels.experts[experts.kernels].slabs.layout;
         let shared = experts.shared.as_ref().map_or(0, |part| part.bytes);
-        let routed = (self.top_k * kernels.slabs.layout.record_bytes()) as u64;
-        let pass = work.stage(Stage::Experts, routed + shared);
+        [(self.top_k * layout.record_bytes()) as u64, shared]
+    }
+
+    /// Down of the chosen experts and of the shared one.
+    pub(super) fn down(&self, work: &mut Work, experts: &Experts) {
+        let kernels = &self.kernels.experts[experts.kernels];
+        let pass = work.stage(Stage::Experts, self.bytes_of_experts(experts).iter().sum());
         pass.set_pipeline(&kernels.down);
         pass.set_bind_group(1, &experts.slots.group, &[]);
         if let Some(shared) = &experts.shared {

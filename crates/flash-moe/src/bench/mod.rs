@@ -32,7 +32,7 @@ use crate::say;
 use crate::video::Video;
 use course::Course;
 use limits::{DEPTHS, Disk, Effort, GemmProbe, MemoryProbe};
-use report::{GpuLimits, Limits, Machine, Model, Report, RunReport};
+use report::{GpuLimits, KernelReport, Limits, Machine, Model, Report, RunReport};
 use walk::{Beside, Walk};
 use work::Work;
 
@@ -52,6 +52,8 @@ pub fn run(args: &BenchArgs) -> Result<()> {
     }
 }
 
+/// Position at which a GPU's kernels are timed by themselves.
+const KERNELS_AT: usize = 512;
 /// What the clock of a GPU costs.
 const TIMED: &str = "stages are timed by the device, each in a pass of its own, which takes time \
                      itself, up to half of a fast decode; `run --json` has the speed without";
@@ -107,12 +109,21 @@ fn measure(args: &BenchArgs) -> Result<Report> {
         time: effort.beside,
     };
     let runs = Walk::new(&engine, &prompt, beside, quiet).run(&course)?;
+    let kernels = match (engine.gpu(), limits.gpu) {
+        (Some(gpu), Some(device)) => {
+            let rates = gpu.kernels_alone(KERNELS_AT.min(course.context - 1), effort.beside)?;
+            let read = device.read_bytes_per_second;
+            rates.iter().map(|rate| KernelReport::new(rate, read)).collect()
+        }
+        _ => Vec::new(),
+    };
     Ok(Report {
         machine: machine_of(&options),
         model: model_of(&engine, &work, args.seed, open_seconds),
         runs: runs.iter().map(|run| RunReport::new(run, &work, &limits)).collect(),
         limits,
         check,
+        kernels,
         notes,
     })
 }

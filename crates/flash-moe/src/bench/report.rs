@@ -4,7 +4,7 @@
 //! stages of a prompt against the slower of memory and arithmetic, waiting for experts against the
 //! disk. A fraction is the time at the limit over the time taken.
 
-use flash_moe_engine::gpu::DeviceLimits;
+use flash_moe_engine::gpu::{DeviceLimits, KernelRate};
 use flash_moe_engine::store::measure::ReadRate;
 use flash_moe_engine::timing::Stage;
 use serde::Serialize;
@@ -29,8 +29,38 @@ pub struct Report {
     pub check: Check,
     /// Every run, in order.
     pub runs: Vec<RunReport>,
+    /// Every kernel of a decoded token by itself, where a GPU holds all experts.
+    pub kernels: Vec<KernelReport>,
     /// What was left out, and what to know.
     pub notes: Vec<String>,
+}
+
+/// A kernel of a decoded token, over all layers that have it.
+#[derive(Debug, Serialize)]
+pub struct KernelReport {
+    /// What it computes.
+    pub kernel: &'static str,
+    /// Dispatches of a token.
+    pub dispatches: usize,
+    /// Bytes that they touch together.
+    pub bytes: u64,
+    /// Seconds that they take together, one behind the other.
+    pub seconds: f64,
+    /// Bytes over what the device reads in these seconds.
+    pub limit_fraction: f64,
+}
+
+impl KernelReport {
+    /// Of what was measured on a device that reads so fast.
+    pub fn new(rate: &KernelRate, bytes_per_second: f64) -> Self {
+        Self {
+            kernel: rate.name,
+            dispatches: rate.dispatches,
+            bytes: rate.bytes,
+            seconds: rate.seconds,
+            limit_fraction: rate.bytes as f64 / bytes_per_second / rate.seconds,
+        }
+    }
 }
 
 /// The machine in words.

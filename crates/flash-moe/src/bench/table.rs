@@ -7,7 +7,7 @@ use std::fmt::Write as _;
 
 use flash_moe_engine::budget::gib;
 
-use super::report::{GpuLimits, Limits, Machine, Model, Report, RunReport};
+use super::report::{GpuLimits, KernelReport, Limits, Machine, Model, Report, RunReport};
 use super::walk::{Phase, PoolState};
 
 /// The whole report.
@@ -34,6 +34,42 @@ pub fn render(report: &Report) -> String {
     }
     for (run, _) in middle.iter().filter(|(run, _)| run.pool == PoolState::Warm) {
         out += &stages(run);
+    }
+    if !report.kernels.is_empty() {
+        out += &kernels(&report.kernels);
+    }
+    out
+}
+
+fn kernels(kernels: &[KernelReport]) -> String {
+    let seconds: f64 = kernels.iter().map(|k| k.seconds).sum();
+    let mut out = format!(
+        "\nkernels of a token by themselves, {:.2} ms in all, without the device's clock\n\
+         {:<16}{:>11}{:>10}{:>8}{:>10}{:>12}{:>9}{:>10}\n",
+        seconds * 1e3,
+        "kernel",
+        "dispatches",
+        "ms/token",
+        "share",
+        "us each",
+        "MB/token",
+        "GB/s",
+        "of limit"
+    );
+    for k in kernels {
+        writeln!(
+            out,
+            "{:<16}{:>11}{:>10.3}{:>8}{:>10.1}{:>12.2}{:>9.0}{:>10}",
+            k.kernel,
+            k.dispatches,
+            k.seconds * 1e3,
+            percent(k.seconds / seconds),
+            k.seconds * 1e6 / k.dispatches as f64,
+            k.bytes as f64 / 1e6,
+            k.bytes as f64 / k.seconds / 1e9,
+            percent(k.limit_fraction)
+        )
+        .expect("writing to a string does not fail");
     }
     out
 }
