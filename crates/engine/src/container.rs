@@ -16,6 +16,7 @@ use safetensors::tensor::{Metadata, TensorInfo};
 use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::xxh3_64;
 
+use crate::compute::all_finite;
 use crate::error::{Error, Result};
 use crate::memory::{Block, page_multiple};
 use crate::shape::{LayerId, Shape};
@@ -359,7 +360,7 @@ impl Container {
         let mut out = vec![0.0f32; elements];
         float_values(info.dtype, block.bytes(), &mut out)
             .ok_or_else(|| self.wrong(name, &format!("{:?}, expected floats", info.dtype)))?;
-        if !out.iter().all(|v| v.is_finite()) {
+        if !all_finite(&out) {
             return Err(self.wrong(name, "a value that is not finite; run `flash-moe verify`"));
         }
         Ok(out)

@@ -199,6 +199,11 @@ impl Sampler {
     }
 }
 
+/// Logits of which the largest is found before it is asked where it lies.
+const RUN: usize = 4096;
+/// Logits that are passed over together if none of them is among the most probable.
+const SHORT_RUN: usize = 256;
+
 /// A token that may be drawn. The greater one is the more probable, or has the lower id.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Candidate {
@@ -250,20 +255,44 @@ fn forbid(logits: &mut [f32], allowed: &[u32]) {
 }
 
 /// The largest logit, the lowest id among equals.
+///
+/// Where it lies is looked up in one run of logits alone: a vocabulary has a quarter of a million, and a fast
+/// GPU would wait for them.
 fn largest(logits: &[f32]) -> Result<Candidate> {
     let mut best = Candidate { logit: f32::NEG_INFINITY, id: 0 };
-    for (id, &logit) in (0u32..).zip(logits) {
-        if logit.is_nan() || logit == f32::INFINITY {
+    for (run, first) in logits.chunks(RUN).zip((0u32..).step_by(RUN)) {
+        let (most, is_odd) = most(run);
+        let named = |found: &dyn Fn(f32) -> bool| {
+            let place = run.iter().position(|logit| found(*logit));
+            first + place.expect("it was seen in this run") as u32
+        };
+        if is_odd {
+            let id = named(&|logit| logit.is_nan() || logit == f32::INFINITY);
+            let logit = logits[id as usize];
             return Err(Error::NotFinite(format!("the logit of token {id} is {logit}")));
         }
-        if logit > best.logit {
-            best = Candidate { logit, id };
+        if most > best.logit {
+            best = Candidate { logit: most, id: named(&|logit| logit == most) };
         }
     }
     match best.logit.is_finite() {
         true => Ok(best),
         false => Err(Error::NotFinite(format!("none of {} logits is finite", logits.len()))),
     }
+}
+
+/// The largest of a run, and whether one is NaN or positive infinity. Side by side, as vectors are.
+fn most(run: &[f32]) -> (f32, bool) {
+    const LANES: usize = 16;
+    let mut most = [f32::NEG_INFINITY; LANES];
+    let mut is_odd = [false; LANES];
+    for some in run.chunks(LANES) {
+        for ((most, is_odd), logit) in most.iter_mut().zip(&mut is_odd).zip(some) {
+            *most = if *logit > *most { *logit } else { *most };
+            *is_odd |= logit.is_nan() || *logit == f32::INFINITY;
+        }
+    }
+    (most.into_iter().fold(f32::NEG_INFINITY, f32::max), is_odd.contains(&true))
 }
 
 fn possible(logits: &[f32]) -> impl Iterator<Item = Candidate> + '_ {
@@ -280,11 +309,19 @@ fn all(logits: &[f32], kept: &mut Vec<Candidate>) {
 /// The `k` most probable tokens in descending order, by a heap whose root is the least of them.
 pub(crate) fn most_probable(logits: &[f32], k: usize, kept: &mut Vec<Candidate>) {
     let mut heap: BinaryHeap<Reverse<Candidate>> = BinaryHeap::new();
-    for candidate in possible(logits) {
-        if heap.len() < k {
-            heap.push(Reverse(candidate));
-        } else if let Some(mut least) = heap.peek_mut().filter(|least| candidate > least.0) {
-            *least = Reverse(candidate);
+    for (run, first) in logits.chunks(SHORT_RUN).zip((0u32..).step_by(SHORT_RUN)) {
+        let least = heap.peek().filter(|_| heap.len() >= k).map(|least| least.0.logit);
+        // In most runs nothing is probable enough.
+        if least.is_some_and(|least| most(run).0 < least) {
+            continue;
+        }
+        for mut candidate in possible(run) {
+            candidate.id += first;
+            if heap.len() < k {
+                heap.push(Reverse(candidate));
+            } else if let Some(mut least) = heap.peek_mut().filter(|least| candidate > least.0) {
+                *least = Reverse(candidate);
+            }
         }
     }
     kept.clear();
@@ -412,6 +449,34 @@ mod tests {
         assert_eq!(greedy.pick(&[-5.0, NEVER]).unwrap(), TokenId(0));
         let mut one_of_k = sampler(&Sampling { top_k: 1, ..sampled() });
         assert_eq!(one_of_k.pick(&[-1.0, -0.0, 0.0]).unwrap(), TokenId(1));
+    }
+
+    /// Logits over several runs, many of them equal, and those in the order of a sort.
+    fn long() -> (Vec<f32>, Vec<u32>) {
+        let count = 2 * RUN + 77;
+        let logits: Vec<f32> = (0..count).map(|i| ((i * 7919) % 509) as f32 - 300.0).collect();
+        let mut ids: Vec<u32> = (0..count as u32).collect();
+        ids.sort_by(|a, b| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b)));
+        (logits, ids)
+    }
+
+    #[test]
+    fn a_long_vocabulary_is_ranked_as_by_a_sort() {
+        let (mut logits, ids) = long();
+        let mut kept = Vec::new();
+        for k in [1, 20, 300] {
+            most_probable(&logits, k, &mut kept);
+            assert_eq!(kept.iter().map(|c| c.id).collect::<Vec<_>>(), ids[..k]);
+        }
+        assert_eq!(largest(&logits).unwrap().id, ids[0]);
+        for at in [0, 5, RUN - 1, RUN, logits.len() - 1] {
+            let was = std::mem::replace(&mut logits[at], 1e9);
+            assert_eq!(largest(&logits).unwrap().id, at as u32);
+            logits[at] = f32::NAN;
+            let error = largest(&logits).unwrap_err().to_string();
+            assert!(error.contains(&format!("token {at} is NaN")), "{error}");
+            logits[at] = was;
+        }
     }
 
     #[test]

@@ -21,6 +21,7 @@ pub use pass::Scratch;
 pub use state_file::StateReader;
 pub use together::Together;
 
+use crate::compute::all_finite;
 use crate::engine::Engine;
 use crate::error::{Error, Result};
 use crate::gpu::Timeline;
@@ -358,7 +359,7 @@ impl Session {
         let (scratch, timing) = (&mut self.scratch, &mut self.timing);
         let mut pass = Pass { engine, compute: &engine.compute, scratch, timing };
         let x = pass.final_norm();
-        if !x.iter().all(|v| v.is_finite()) {
+        if !all_finite(x) {
             return Err(self.not_finite());
         }
         self.tap("final_norm", None, |s| &s.x);

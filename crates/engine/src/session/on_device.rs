@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::{Memory, Session, Wanted};
+use crate::compute::all_finite;
 use crate::engine::Engine;
 use crate::error::{Error, Result};
 use crate::gpu::{ChunkInput, Gpu, Logits, Token};
@@ -127,7 +128,7 @@ impl Session {
 
     /// Refuses rows of the residual stream that are not finite, and records their norm.
     fn look_at(&mut self, engine: &Engine, rows: &[f32]) -> Result<()> {
-        if !rows.iter().all(|v| v.is_finite()) {
+        if !all_finite(rows) {
             return Err(self.not_finite());
         }
         if let Some(recorder) = &mut self.recorder {
@@ -144,7 +145,7 @@ impl Session {
         if matches!(wanted, Wanted::No) && self.recorder.is_none() {
             return Ok(());
         }
-        if !self.logits.iter().all(|v| v.is_finite()) {
+        if !all_finite(&self.logits) {
             return Err(self.not_finite());
         }
         if let Some(recorder) = &mut self.recorder {

@@ -8,6 +8,7 @@ use std::time::Instant;
 
 use super::Session;
 use super::pass::{Pass, Scratch};
+use crate::compute::all_finite;
 use crate::engine::{Engine, Options};
 use crate::error::{Error, Result};
 use crate::shape::{Shape, TokenId};
@@ -115,7 +116,7 @@ impl Together {
         let mut pass = Pass { engine, compute: &engine.strangers, scratch, timing };
         let x = pass.final_norm();
         for (row, x) in rows.iter_mut().zip(x.chunks_exact(engine.shape().hidden)) {
-            if !x.iter().all(|v| v.is_finite()) {
+            if !all_finite(x) {
                 row.fail(row.session.not_finite());
             }
         }

@@ -23,7 +23,18 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     for (var e = tid; e < HEAD_DIM; e += 256u) {
         var total = 0.0;
         var sum = 0.0;
-        for (var i = 0u; i < splits; i++) {
+        var i = 0u;
+        for (; i + 3u < splits; i += 4u) {
+            let at = parts + i * (HEAD_DIM + 2u) + e;
+            let part = vec4(
+                scratch[at], scratch[at + HEAD_DIM + 2u],
+                scratch[at + 2u * (HEAD_DIM + 2u)], scratch[at + 3u * (HEAD_DIM + 2u)],
+            );
+            let weight = exp(vec4(largest[i], largest[i + 1u], largest[i + 2u], largest[i + 3u]) - most);
+            total += dot(weight, vec4(totals[i], totals[i + 1u], totals[i + 2u], totals[i + 3u]));
+            sum += dot(weight, part);
+        }
+        for (; i < splits; i++) {
             let weight = exp(largest[i] - most);
             total += weight * totals[i];
             sum += weight * scratch[parts + i * (HEAD_DIM + 2u) + e];
