@@ -206,8 +206,8 @@ impl Compiler<'_> {
         let up_rows = rows_of_team(shape.moe.width * shape.moe.top_k).min(2);
         let down_rows = rows_of_team(shape.hidden);
         let up = self.sources.experts_up(slabs, shape.hidden, up_rows);
-        let widths = [shape.moe.width * shape.moe.top_k, shape.moe.shared_width];
-        let down = self.sources.experts_down(slabs, *shared, widths, down_rows);
+        let longest = shape.moe.width * shape.moe.top_k + shape.moe.shared_width;
+        let down = self.sources.experts_down(slabs, *shared, longest, down_rows);
         let with_shared = [&v.scratch, slots, &v.read];
         let groups = &with_shared[..if shared.is_some() { 3 } else { 2 }];
         let count = |rows: usize, each: usize| rows.div_ceil(super::dense::TEAMS * each) as u32;

@@ -13,11 +13,6 @@ macro_rules! text {
     };
 }
 
-/// Units that a lane asks for at once: enough to keep reads under way, few enough for its registers.
-const UNITS_AHEAD: usize = 8;
-/// Columns of a step of a team.
-const STEP_COLS: usize = 1024;
-
 /// The kernel that reads a buffer as fast as the device can.
 pub const READ: &str = text!("read");
 
@@ -108,14 +103,6 @@ fn scale(kind: ScaleKind) -> &'static str {
     }
 }
 
-/// A kernel's text with the functions of one of its matrices being those of its layout.
-fn of_layout(text: &str, matrix: &str, precision: Precision) -> String {
-    let name = name(precision);
-    ["dot_", "load_", "Packed_"].into_iter().fold(text.to_string(), |text, kind| {
-        text.replace(&format!("{kind}{matrix}"), &format!("{kind}{name}"))
-    })
-}
-
 /// The product of a unit in one layout.
 fn product(source: &str, precision: Precision) -> String {
     let text = match precision {
@@ -176,20 +163,9 @@ fn each(source: &str, precisions: &[Precision], one: fn(&str, Precision) -> Stri
     text
 }
 
-/// Writes `//STEP` lines once for each step and `//ROW` lines once for each row.
-fn with_rows(text: &str, rows: usize, steps: usize) -> String {
-    let text = repeated(text, ("//STEP ", "$s"), steps);
-    repeated(&text, ("//ROW ", "$r"), rows).replace("ROWSu", &format!("{rows}u"))
-}
-
-/// Units that a lane asks for at once, of each of so many rows of `cols` columns.
-fn steps(cols: usize, rows: usize) -> usize {
-    cols.div_ceil(STEP_COLS).clamp(1, (UNITS_AHEAD / rows).max(1))
-}
-
-/// What the steps of a kernel need, whose staged runs of columns are no whole number of them in general.
-fn stepped(steps: usize, is_whole: bool) -> String {
-    constant("STEPS", steps) + &format!("const WHOLE: bool = {is_whole};\n") + text!("steps")
+/// Writes `//ROW` lines once for each row.
+fn with_rows(text: &str, rows: usize) -> String {
+    repeated(text, ("//ROW ", "$r"), rows).replace("ROWSu", &format!("{rows}u"))
 }
 
 /// Writes runs of lines that begin with a mark so many times, with the number in the place of a name.
@@ -265,22 +241,18 @@ impl Sources {
             _ => "",
         };
         let main = text!("mat_vec").replace("//FORMATS", &cases).replace("//KEEP", keep);
-        let block = super::layout::block(cols);
-        let constants = constant("COLS", cols) + &constant("BLOCK", block);
+        let constants = constant("COLS", cols) + &constant("BLOCK", super::layout::block(cols));
         let dots = products("dense", &self.precisions);
-        let steps = steps(cols, rows);
-        let is_whole = cols <= block && cols.is_multiple_of(steps * STEP_COLS);
-        let parts: [&str; 10] = [
+        let parts: [&str; 9] = [
             &self.head(),
             &constants,
-            &stepped(steps, is_whole),
             self.team(),
             text!("dense"),
             prepared,
             text!("stage"),
             &dots,
             given(give),
-            &with_rows(&main, rows, steps),
+            &with_rows(&main, rows),
         ];
         parts.concat()
     }
@@ -437,58 +409,53 @@ impl Sources {
     /// Gate and up of the chosen experts, `rows` rows a team.
     pub fn experts_up(&self, slabs: &Slabs, hidden: usize, rows: usize) -> String {
         let (gate, up) = (slabs.layout.gate.precision, slabs.layout.up.precision);
-        let main = of_layout(&of_layout(text!("experts_up"), "GATE", gate), "UP", up);
-        // Each row is two.
-        let steps = steps(hidden, 2 * rows);
-        let parts: [&str; 9] = [
+        let main = text!("experts_up")
+            .replace("dot_GATE", &format!("dot_{}", name(gate)))
+            .replace("dot_UP", &format!("dot_{}", name(up)));
+        let parts: [&str; 8] = [
             &self.head(),
-            &stepped(steps, hidden.is_multiple_of(steps * STEP_COLS)),
             &constant("BLOCK", super::layout::block(hidden)),
             self.team(),
             text!("choose"),
             &slabs.source(),
             text!("stage"),
             &products("expert", &[gate, up]),
-            &with_rows(&main, rows, steps),
+            &with_rows(&main, rows),
         ];
         parts.concat()
     }
 
-    /// Down of the chosen experts and of the shared one, added up, `rows` rows a team. `widths` are those of
-    /// all chosen experts together and of the shared one.
+    /// Down of the chosen experts and of the shared one, added up, `rows` rows a team.
     pub fn experts_down(
         &self,
         slabs: &Slabs,
         shared: Option<Precision>,
-        widths: [usize; 2],
+        longest: usize,
         rows: usize,
     ) -> String {
         let down = slabs.layout.down.precision;
-        let products_too = if shared.is_some() { text!("shared_down") } else { "" };
-        let main = text!("experts_down").replace("//SHARED", products_too);
-        let main = of_layout(&main, "DOWN", down);
+        let block = if shared.is_some() { text!("shared_down") } else { "" };
+        let main = text!("experts_down")
+            .replace("//SHARED", block)
+            .replace("dot_DOWN", &format!("dot_{}", name(down)));
         let (main, dense) = match shared {
             None => (main, text!("shared_none").to_string()),
-            Some(precision) => {
-                (of_layout(&main, "SHARED", precision), text!("shared_input").to_string())
-            }
+            Some(precision) => (
+                main.replace("dot_SHARED", &format!("dot_{}", name(precision))),
+                text!("shared_input").to_string(),
+            ),
         };
         let dense_dots = shared.map_or(String::new(), products_of_shared);
-        let (routed, all) = (widths[0], widths[0] + widths[1]);
-        let block = super::layout::block(all);
-        let steps = steps(routed, rows);
-        let is_whole = all <= block && routed.is_multiple_of(steps * STEP_COLS);
-        let parts: [&str; 10] = [
+        let parts: [&str; 9] = [
             &self.head(),
-            &constant("BLOCK", block),
-            &stepped(steps, is_whole),
+            &constant("BLOCK", super::layout::block(longest)),
             self.team(),
             &slabs.source(),
             &dense,
             text!("stage"),
             &products("expert", &[down]),
             &dense_dots,
-            &with_rows(&main, rows, steps),
+            &with_rows(&main, rows),
         ];
         parts.concat()
     }

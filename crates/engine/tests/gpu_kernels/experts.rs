@@ -132,9 +132,9 @@ fn the_chosen_experts_of_a_token_are_added_up_with_the_shared_one() {
                 let active = records.active(*expert, &x, form).scaled(f64::from(*weight));
                 want.add(&active.times(&records.experts[*expert][2], form));
             }
-            let widths = [TOP_K * shape.moe.width, shape.moe.shared_width];
+            let longest = TOP_K * shape.moe.width + shape.moe.shared_width;
             let kind = shared.as_ref().map(Matrix::precision);
-            let source = bench.sources.experts_down(&records.slabs, kind, widths, 1);
+            let source = bench.sources.experts_down(&records.slabs, kind, longest, 1);
             let counts = [shape.hidden.div_ceil(8), 1, 1];
             match &shared {
                 None => bench.run(&source, &[view], &[(&[&slots], counts)]),

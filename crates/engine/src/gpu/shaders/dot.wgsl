@@ -1,6 +1,5 @@
-// The product of a unit of 32 weights with a unit of the input, for each layout of weights, in two steps:
-// what is read of the matrix, so that a kernel can ask for much at once, and the product. SOURCE_vec gives
-// 16 bytes of the matrix's buffer. Unit n of a matrix is columns 32 u .. of row r, n = r * units + u:
+// The product of a unit of 32 weights with a unit of the input, for each layout of weights. SOURCE_vec
+// gives 16 bytes of the matrix's buffer. Unit n of a matrix is columns 32 u .. of row r, n = r * units + u:
 // units never straddle rows, and groups of 32, 64 or 128 never straddle units.
 //
 // Affine: q is set into the mantissa of 1.0, which makes 1 + q / 2^bits without a conversion; the ones

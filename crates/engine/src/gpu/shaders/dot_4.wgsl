@@ -1,20 +1,5 @@
-struct SOURCE_Packed_NAME {
-    q: vec4<u32>,
-    scale: f32,
-    bias: f32,
-}
-
-fn SOURCE_load_NAME(m: Matrix, n: u32) -> SOURCE_Packed_NAME {
-    let g = n * 32u / GROUPu;
-    return SOURCE_Packed_NAME(
-        SOURCE_vec((m.weight >> 2u) + n),
-        SOURCE_scale_SCALES(m.scales + g),
-        SOURCE_scale_SCALES(m.biases + g),
-    );
-}
-
-fn SOURCE_dot_NAME(p: SOURCE_Packed_NAME, x: Unit) -> f32 {
-    let q = p.q;
+fn SOURCE_dot_NAME(m: Matrix, n: u32, x: Unit) -> f32 {
+    let q = SOURCE_vec((m.weight >> 2u) + n);
     let mask = vec4(0x00780000u);
     var s = dot(bitcast<vec4<f32>>(((q << vec4(19u)) & mask) | ONE), x.x0);
     s += dot(bitcast<vec4<f32>>(((q << vec4(15u)) & mask) | ONE), x.x1);
@@ -24,5 +9,7 @@ fn SOURCE_dot_NAME(p: SOURCE_Packed_NAME, x: Unit) -> f32 {
     s += dot(bitcast<vec4<f32>>(((q >> vec4(1u)) & mask) | ONE), x.x5);
     s += dot(bitcast<vec4<f32>>(((q >> vec4(5u)) & mask) | ONE), x.x6);
     s += dot(bitcast<vec4<f32>>(((q >> vec4(9u)) & mask) | ONE), x.x7);
-    return SOURCE_affine(s, 16.0, x.sum, p.scale, p.bias);
+    let g = n * 32u / GROUPu;
+    let scale = SOURCE_scale_SCALES(m.scales + g);
+    return SOURCE_affine(s, 16.0, x.sum, scale, SOURCE_scale_SCALES(m.biases + g));
 }

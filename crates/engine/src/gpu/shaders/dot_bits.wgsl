@@ -7,26 +7,12 @@ fn SOURCE_fields_NAME(at: u32, j: u32) -> vec4<f32> {
     );
 }
 
-struct SOURCE_Packed_NAME {
-    at: u32, // of its words, which are read where they are multiplied
-    scale: f32,
-    bias: f32,
-}
-
-fn SOURCE_load_NAME(m: Matrix, n: u32) -> SOURCE_Packed_NAME {
-    let g = n * 32u / GROUPu;
-    return SOURCE_Packed_NAME(
-        m.weight + BITSu * n,
-        SOURCE_scale_SCALES(m.scales + g),
-        SOURCE_scale_SCALES(m.biases + g),
-    );
-}
-
-fn SOURCE_dot_NAME(p: SOURCE_Packed_NAME, x: Unit) -> f32 {
-    let at = p.at;
+fn SOURCE_dot_NAME(m: Matrix, n: u32, x: Unit) -> f32 {
+    let at = m.weight + BITSu * n;
     var s = dot(SOURCE_fields_NAME(at, 0u), x.x0) + dot(SOURCE_fields_NAME(at, 1u), x.x1);
     s += dot(SOURCE_fields_NAME(at, 2u), x.x2) + dot(SOURCE_fields_NAME(at, 3u), x.x3);
     s += dot(SOURCE_fields_NAME(at, 4u), x.x4) + dot(SOURCE_fields_NAME(at, 5u), x.x5);
     s += dot(SOURCE_fields_NAME(at, 6u), x.x6) + dot(SOURCE_fields_NAME(at, 7u), x.x7);
-    return p.scale * s + p.bias * x.sum;
+    let g = n * 32u / GROUPu;
+    return SOURCE_scale_SCALES(m.scales + g) * s + SOURCE_scale_SCALES(m.biases + g) * x.sum;
 }

@@ -2,16 +2,8 @@ fn SOURCE_floats_NAME(at: u32) -> vec4<f32> {
     return bitcast<vec4<f32>>(SOURCE_vec(at));
 }
 
-struct SOURCE_Packed_NAME {
-    at: u32, // of its vectors, which are read where they are multiplied
-}
-
-fn SOURCE_load_NAME(m: Matrix, n: u32) -> SOURCE_Packed_NAME {
-    return SOURCE_Packed_NAME((m.weight >> 2u) + 8u * n);
-}
-
-fn SOURCE_dot_NAME(p: SOURCE_Packed_NAME, x: Unit) -> f32 {
-    let at = p.at;
+fn SOURCE_dot_NAME(m: Matrix, n: u32, x: Unit) -> f32 {
+    let at = (m.weight >> 2u) + 8u * n;
     var s = dot(SOURCE_floats_NAME(at), vec4(x.x0.x, x.x1.x, x.x2.x, x.x3.x));
     s += dot(SOURCE_floats_NAME(at + 1u), vec4(x.x4.x, x.x5.x, x.x6.x, x.x7.x));
     s += dot(SOURCE_floats_NAME(at + 2u), vec4(x.x0.y, x.x1.y, x.x2.y, x.x3.y));

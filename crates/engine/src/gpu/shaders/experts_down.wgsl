@@ -17,28 +17,6 @@ fn input(e: u32) -> vec4<f32> {
     return shared_input(e - ROUTED);
 }
 
-struct Down {
-    place: Matrix,
-    column: u32,
-    slab: u32,
-    is_here: bool,
-}
-
-// What unit `u` behind `start` is multiplied with. An expert without a slot has the numbers of the first
-// one, which do not count.
-fn down_of(start: u32, u: u32) -> Down {
-    let at = (start >> 5u) + u;
-    let rank = min(at / (WIDTH >> 5u), TOP_K - 1u);
-    let is_here = records[rank] != NOWHERE;
-    let place = within(select(0u, records[rank], is_here), DOWN_MATRIX);
-    return Down(place, at % (WIDTH >> 5u), select(0u, slabs[rank], is_here), is_here);
-}
-
-fn load_down(down: Down, row: u32) -> expert_Packed_DOWN {
-    slab = down.slab;
-    return expert_load_DOWN(down.place, row * (WIDTH >> 5u) + down.column);
-}
-
 @compute @workgroup_size(256)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) tid: u32) {
     if tid < TOP_K {
@@ -46,24 +24,25 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         records[tid] = select(find(expert), NOWHERE, places[expert] == NOWHERE);
         slabs[tid] = slab;
     }
-    workgroupBarrier();
     let lane = tid & 31u;
     let first = (group.x * 8u + (tid >> 5u)) * ROWSu;
     //ROW let row$r = min(first + $ru, HIDDEN - 1u);
     //ROW var acc$r = 0.0;
     for (var start = 0u; start < ALL; start += BLOCK) {
         let count = min(BLOCK, ALL - start);
-        let end = min(count, max(ROUTED, start) - start) >> 5u;
-        //STEP var d_$s = down_of(start, inside(lane + 32u * $su, end));
-        //STEP //ROW var q$r_$s = load_down(d_$s, row$r);
         stage(start, count, tid);
-        for (var base = lane; base < end + lane; base += STRIDE) {
-            //STEP let x$s = staged_unit(inside(base + 32u * $su, end));
-            //STEP //ROW acc$r += select(0.0, counted(expert_dot_DOWN(q$r_$s, x$s), base + 32u * $su, end), d_$s.is_here);
-            if base + STRIDE < end + lane {
-                //STEP d_$s = down_of(start, inside(base + STRIDE + 32u * $su, end));
-                //STEP //ROW q$r_$s = load_down(d_$s, row$r);
+        let end = min(count, max(ROUTED, start) - start) >> 5u;
+        for (var u = lane; u < end; u += 32u) {
+            let x = staged_unit(u);
+            let at = (start >> 5u) + u;
+            let rank = at / (WIDTH >> 5u);
+            if records[rank] == NOWHERE {
+                continue;
             }
+            slab = slabs[rank];
+            let down = within(records[rank], DOWN_MATRIX);
+            let column = at % (WIDTH >> 5u);
+            //ROW acc$r += expert_dot_DOWN(down, row$r * (WIDTH >> 5u) + column, x);
         }
         //SHARED
         workgroupBarrier();

@@ -22,8 +22,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         tell(0u, tid);
     }
     let here = places[chosen[rank]] != NOWHERE;
-    // One that is not here has the first one's numbers, which do not count.
-    let record = select(0u, find(chosen[rank]), here);
+    let record = find(chosen[rank]);
     let gate = within(record, GATE_MATRIX);
     let up = within(record, UP_MATRIX);
     let lane = tid & 31u;
@@ -31,21 +30,17 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     //ROW let n$r = min(first + $ru, WIDTH - 1u) * (HIDDEN >> 5u);
     //ROW var gate$r = 0.0;
     //ROW var up$r = 0.0;
-    // An expert that is not here has no units.
-    let units = select(0u, HIDDEN >> 5u, here);
-    //STEP let n_$s = inside(lane + 32u * $su, units);
-    //STEP //ROW var g$r_$s = expert_load_GATE(gate, n$r + n_$s);
-    //STEP //ROW var u$r_$s = expert_load_UP(up, n$r + n_$s);
-    stage(0u, HIDDEN, tid);
-    for (var base = lane; base < units + lane; base += STRIDE) {
-        //STEP let x$s = staged_unit(inside(base + 32u * $su, units));
-        //STEP //ROW gate$r += counted(expert_dot_GATE(g$r_$s, x$s), base + 32u * $su, units);
-        //STEP //ROW up$r += counted(expert_dot_UP(u$r_$s, x$s), base + 32u * $su, units);
-        if base + STRIDE < units + lane {
-            //STEP let m_$s = inside(base + STRIDE + 32u * $su, units);
-            //STEP //ROW g$r_$s = expert_load_GATE(gate, n$r + m_$s);
-            //STEP //ROW u$r_$s = expert_load_UP(up, n$r + m_$s);
+    for (var start = 0u; start < HIDDEN; start += BLOCK) {
+        let units = min(BLOCK, HIDDEN - start) >> 5u;
+        stage(start, units << 5u, tid);
+        let start_unit = start >> 5u;
+        let end = select(0u, units, here);
+        for (var u = lane; u < end; u += 32u) {
+            let x = staged_unit(u);
+            //ROW gate$r += expert_dot_GATE(gate, n$r + start_unit + u, x);
+            //ROW up$r += expert_dot_UP(up, n$r + start_unit + u, x);
         }
+        workgroupBarrier();
     }
     //ROW gate$r = team_sum(gate$r, tid);
     //ROW up$r = team_sum(up$r, tid);

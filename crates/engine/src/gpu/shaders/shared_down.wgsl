@@ -3,5 +3,5 @@
         for (var u = end + lane; u < (count >> 5u); u += 32u) {
             let x = staged_unit(u);
             let at = (start >> 5u) + u - (ROUTED >> 5u);
-            //ROW acc$r += dense_dot_SHARED(dense_load_SHARED(m, row$r * (SHARED_WIDTH >> 5u) + at), x);
+            //ROW acc$r += dense_dot_SHARED(m, row$r * (SHARED_WIDTH >> 5u) + at, x);
         }

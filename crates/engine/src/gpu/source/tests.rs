@@ -78,10 +78,7 @@ fn kernels(shape: &Shape, subgroups: bool) -> Vec<(String, String)> {
             let slabs = slabs(shape, precision, count);
             let shared = (count == 1).then_some(precision);
             all.push((format!("up {precision:?}"), one.experts_up(&slabs, shape.hidden, 2)));
-            all.push((
-                format!("down {precision:?}"),
-                one.experts_down(&slabs, shared, [4096, 512], 2),
-            ));
+            all.push((format!("down {precision:?}"), one.experts_down(&slabs, shared, 4608, 2)));
             for tile in [Tile::Short, Tile::Tall] {
                 all.push((format!("gemm up {precision:?}"), many.gemm_up(&slabs, sizes, tile)));
                 all.push((format!("gemm down {precision:?}"), many.gemm_down(&slabs, sizes, tile)));
@@ -136,5 +133,5 @@ fn every_kernel_is_taken_by_vulkan_metal_and_direct3d() {
         subgroups: true,
     };
     let slabs = slabs(&shape, Precision::Bf16, 2);
-    translate("down without shared", &sources.experts_down(&slabs, None, [1024, 0], 1));
+    translate("down without shared", &sources.experts_down(&slabs, None, 1024, 1));
 }
