@@ -299,6 +299,7 @@ impl EngineArgs {
             memory_bytes: self.gpu_memory,
             kernels_dir: environment::cache_dir(),
             timed: false,
+            plain: self.exact,
             misses,
         };
         let exact = Options {
