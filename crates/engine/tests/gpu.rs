@@ -195,8 +195,9 @@ fn tensor_cores_change_a_prompt_by_roundings_alone() {
         let [plain, split] = &both_ways(adapter)[..] else { continue };
         let [plain, split] = [plain, split].map(|gpu| logits(&open(&options(gpu.clone())), 0));
         let apart = worst(&split, &plain);
-        // Other bits, or they were not used; the logits' spread is 3.
-        assert!(apart > 0.0 && apart <= 1e-4, "they are {apart} apart");
+        println!("adapter {adapter}: logits of both ways are {apart} apart");
+        // Other bits, or they were not used.
+        assert!(apart > 0.0 && apart <= BOUND, "they are {apart} apart");
     }
 }
 
