@@ -71,6 +71,19 @@ fn on(adapter: usize) -> Option<GpuOptions> {
     })
 }
 
+/// Options of both ways in which an adapter can take a prompt's products; of one where it has no tensor
+/// cores.
+fn both_ways(adapter: usize) -> Vec<Option<GpuOptions>> {
+    let plain = on(adapter).map(|gpu| GpuOptions { plain: true, ..gpu });
+    match adapters()[adapter].features.contains(&"tensor products") {
+        true => vec![plain, on(adapter)],
+        false => {
+            println!("SKIP: adapter {adapter} has no tensor cores, products in f32 alone");
+            vec![plain]
+        }
+    }
+}
+
 /// A copy of the built-in model whose last layer of experts can come up short for a while.
 struct Breakable {
     file: PathBuf,
@@ -171,8 +184,20 @@ fn close(ours: &Trace, theirs: &Trace, bound: f32) {
 #[test]
 fn every_block_computes_what_the_cpu_computes() {
     let theirs = traced(&options(None));
+    for gpu in all_adapters().into_iter().flat_map(both_ways) {
+        close(&traced(&options(gpu)), &theirs, BOUND);
+    }
+}
+
+#[test]
+fn tensor_cores_change_a_prompt_by_roundings_alone() {
     for adapter in all_adapters() {
-        close(&traced(&options(on(adapter))), &theirs, BOUND);
+        let [plain, split] = &both_ways(adapter)[..] else { continue };
+        let [plain, split] = [plain, split].map(|gpu| logits(&open(&options(gpu.clone())), 0));
+        let apart = worst(&split, &plain);
+        println!("adapter {adapter}: logits of both ways are {apart} apart");
+        // Other bits, or they were not used.
+        assert!(apart > 0.0 && apart <= BOUND, "they are {apart} apart");
     }
 }
 

@@ -7,7 +7,7 @@
 use std::fmt;
 use std::path::Path;
 
-use super::device::{at_once, own_memory};
+use super::device::{at_once, own_memory, tensor};
 use super::{GpuOptions, NO_ADAPTER};
 use crate::budget::gib;
 use crate::container::Container;
@@ -98,10 +98,10 @@ fn describe(adapter: wgpu::Adapter) -> Adapter {
         backend: format!("{:?}", info.backend),
         memory_bytes: own_memory(&adapter),
         binding_bytes: limits.max_buffer_size.min(limits.max_storage_buffer_binding_size),
-        features: features
-            .iter()
+        features: (features.iter())
             .filter(|(f, _)| has.contains(*f))
             .map(|(_, name)| *name)
+            .chain(tensor(&adapter).map(|_| "tensor products"))
             .collect(),
         adapter,
     }

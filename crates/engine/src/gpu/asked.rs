@@ -40,6 +40,9 @@ pub struct GpuOptions {
     pub kernels_dir: Option<PathBuf>,
     /// Whether the device's clock times every stage, which takes up to half of a fast decode's speed.
     pub timed: bool,
+    /// Whether a prompt's products take f32 factors as they are, where tensor cores would take each as two
+    /// halves: 2^-20 of a product apart at most.
+    pub plain: bool,
     /// Who computes an expert that is in memory and not in video memory.
     pub misses: Misses,
 }

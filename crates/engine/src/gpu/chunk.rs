@@ -11,7 +11,7 @@ use wgpu::{BindGroup, Buffer, ComputePass, ComputePipeline};
 use super::asked::Host;
 use super::clock::{Commands, Work};
 use super::dense::bytes_of;
-use super::kernels::{ChunkKernels, Compiler, Gemm};
+use super::kernels::{ChunkKernels, Compiler, Gemm, Tiles};
 use super::layout::{ATTEND_ROWS, DELTA_TOKENS, Layout, SHORT_PAIRS, short_tiles_at, top_k};
 use super::source::{Slabs, Sources, Tile};
 use super::step::difference;
@@ -117,6 +117,7 @@ impl Chunk {
             declarations: layout.declarations(compiler.shape),
             precisions: compiler.sources.precisions.clone(),
             subgroups: compiler.sources.subgroups,
+            tensor: compiler.sources.tensor,
         };
         let kernels = compiler.chunk(&sources, slabs)?;
         let scratch = device.buffer("scratch of a chunk", layout.bytes())?;
@@ -218,9 +219,13 @@ impl Gpu {
     }
 
     fn gemm(&self, pass: &mut ComputePass, kernels: &Gemm, parts: &[Part], tokens: usize) {
+        if let Some(split) = &kernels.split {
+            pass.set_pipeline(split);
+            pass.dispatch_workgroups(tokens as u32, 1, 1);
+        }
         let (kernel, tile) = match tokens > SHORT_PAIRS {
-            true => (&kernels.tall, Tile::Tall),
-            false => (&kernels.short, Tile::Short),
+            true => (&kernels.tiles.tall, Tile::Tall),
+            false => (&kernels.tiles.short, Tile::Short),
         };
         pass.set_pipeline(kernel);
         for part in parts {
@@ -365,17 +370,25 @@ impl Gpu {
         self.list(0, tiles[0].as_flattened());
         self.list(short_tiles_at(self.chunk.layout.pairs()), tiles[1].as_flattened());
         let pass = work.stage(Stage::Experts, (used * experts.slots.record_bytes()) as u64);
-        pass.set_bind_group(1, &experts.slots.group, &[]);
-        pass.set_bind_group(2, &self.chunk.lists_group, &[]);
-        let rows = [self.shape.moe.width, self.shape.hidden];
-        for (gemm, rows) in [&kernels.up, &kernels.down].into_iter().zip(rows) {
-            for (kernel, tiles) in [&gemm.tall, &gemm.short].into_iter().zip(tiles) {
-                if !tiles.is_empty() {
-                    pass.set_pipeline(kernel);
-                    pass.dispatch_workgroups(rows.div_ceil(64) as u32, tiles.len() as u32, 1);
-                }
+        let by_tile = |pass: &mut ComputePass, kernels: &Tiles, groups: [usize; 2]| {
+            let kernels = [&kernels.tall, &kernels.short].into_iter().zip(groups);
+            for ((kernel, groups), tiles) in kernels.zip(tiles).filter(|(_, t)| !t.is_empty()) {
+                pass.set_pipeline(kernel);
+                pass.dispatch_workgroups(groups as u32, tiles.len() as u32, 1);
             }
+        };
+        let bind = |pass: &mut ComputePass| {
+            pass.set_bind_group(1, &experts.slots.group, &[]);
+            pass.set_bind_group(2, &self.chunk.lists_group, &[]);
+        };
+        bind(pass);
+        by_tile(pass, &kernels.up, [self.shape.moe.width.div_ceil(64); 2]);
+        if let Some(split) = &kernels.split {
+            pass.set_bind_group(1, &self.chunk.lists_group, &[]);
+            by_tile(pass, split, [Tile::Tall, Tile::Short].map(Tile::vectors));
+            bind(pass);
         }
+        by_tile(pass, &kernels.down, [self.shape.hidden.div_ceil(64); 2]);
     }
 
     fn look_rows(&self, name: &str, words: usize) -> Result<Vec<f32>> {

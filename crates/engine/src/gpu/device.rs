@@ -21,6 +21,9 @@ use crate::error::{Error, Result};
 /// Lanes of a team: rows are shared out over teams of so many.
 pub const TEAM: u32 = 32;
 
+/// Workgroup memory of the largest tile on tensor cores.
+const TENSOR_STORAGE_BYTES: u32 = 32 << 10;
+
 /// Bytes written to the device between two submissions, so that what is staged does not pile up.
 const STAGED_BYTES_MAX: u64 = 256 << 20;
 
@@ -34,6 +37,15 @@ pub struct Device {
     buffers: AtomicU64,
     /// Whether lanes of a team are lanes of one subgroup.
     pub subgroups: bool,
+    /// What its tensor cores multiply, where kernels can use them.
+    pub tensor: Option<Tensor>,
+}
+
+/// Squares of f16 that a subgroup multiplies at once, with sums in f32.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Tensor {
+    /// Rows and columns of one.
+    pub side: u32,
 }
 
 /// How a kernel sees a buffer.
@@ -54,12 +66,22 @@ impl Device {
         let info = adapter.get_info();
         let has_subgroups = adapter.features().contains(wgpu::Features::SUBGROUP);
         let subgroups = has_subgroups && info.subgroup_min_size >= TEAM;
+        let tensor = tensor(adapter);
         let wanted = wgpu::Features::SUBGROUP
             | wgpu::Features::TIMESTAMP_QUERY
-            | wgpu::Features::PIPELINE_CACHE;
+            | wgpu::Features::PIPELINE_CACHE
+            | tensor.map_or(wgpu::Features::empty(), |_| TENSOR_FEATURES);
+        let experimental_features = match tensor {
+            None => wgpu::ExperimentalFeatures::disabled(),
+            // SAFETY: cooperative matrices are the only experimental feature that is asked for. The kernels
+            // that have them load and store within workgroup arrays whose sizes are constants in front of
+            // them, in uniform control flow, in a configuration that the adapter lists (`tensor`).
+            Some(_) => unsafe { wgpu::ExperimentalFeatures::enabled() },
+        };
         let descriptor = wgpu::DeviceDescriptor {
             required_features: adapter.features() & wanted,
             required_limits: adapter.limits(),
+            experimental_features,
             memory_hints: wgpu::MemoryHints::Performance,
             ..Default::default()
         };
@@ -80,7 +102,16 @@ impl Device {
             kept(format!("the device is lost ({reason:?}: {message}); start again"));
         });
         let [submissions, buffers] = [0, 0].map(AtomicU64::new);
-        Ok(Self { device, queue, failure, pipelines: None, submissions, buffers, subgroups })
+        Ok(Self {
+            device,
+            queue,
+            failure,
+            pipelines: None,
+            submissions,
+            buffers,
+            subgroups,
+            tensor,
+        })
     }
 
     /// Compiles from here on with what an earlier run has left, as [`Device::pipelines`] gave it then, and
@@ -425,6 +456,32 @@ impl Device {
         }
         Ok(())
     }
+}
+
+/// What products on tensor cores need.
+const TENSOR_FEATURES: wgpu::Features = wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX
+    .union(wgpu::Features::SHADER_F16)
+    .union(wgpu::Features::SUBGROUP);
+
+/// What an adapter's tensor cores multiply, where the kernels can use them: through Vulkan, which alone was
+/// tried, and where a tile's 128 threads are as many subgroups as take its squares two by two: squares of
+/// 16 with 32 lanes, or of 8 with 8.
+pub fn tensor(adapter: &wgpu::Adapter) -> Option<Tensor> {
+    let info = adapter.get_info();
+    let can = info.backend == wgpu::Backend::Vulkan
+        && adapter.features().contains(TENSOR_FEATURES)
+        && adapter.limits().max_compute_workgroup_storage_size >= TENSOR_STORAGE_BYTES;
+    let fits = |side: u32| {
+        let lanes = side * side / 8;
+        let takes = |c: &wgpu::CooperativeMatrixProperties| {
+            [c.m_size, c.n_size, c.k_size] == [side; 3]
+                && c.ab_type == wgpu::CooperativeScalarType::F16
+                && c.cr_type == wgpu::CooperativeScalarType::F32
+        };
+        [info.subgroup_min_size, info.subgroup_max_size] == [lanes; 2]
+            && adapter.cooperative_matrix_properties().iter().any(takes)
+    };
+    [16, 8].into_iter().find(|side| can && fits(*side)).map(|side| Tensor { side })
 }
 
 fn in_words(error: &wgpu::Error) -> String {

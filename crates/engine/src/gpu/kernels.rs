@@ -85,10 +85,16 @@ pub struct Kernels {
     pub dense_down: Option<MatVec>,
 }
 
-/// A product with many vectors, in tiles of both heights.
-pub struct Gemm {
+/// A kernel for tiles of both heights.
+pub struct Tiles {
     pub short: ComputePipeline,
     pub tall: ComputePipeline,
+}
+
+/// A product with many vectors, and what splits them in front of it for tensor cores.
+pub struct Gemm {
+    pub split: Option<ComputePipeline>,
+    pub tiles: Tiles,
 }
 
 /// Kernels of a chunk's layers that have attention.
@@ -109,8 +115,9 @@ pub struct DeltaChunk {
 
 /// Kernels of a chunk's experts that lie so.
 pub struct ExpertChunk {
-    pub up: Gemm,
-    pub down: Gemm,
+    pub up: Tiles,
+    pub split: Option<Tiles>, // of what up gave
+    pub down: Tiles,
 }
 
 /// All kernels of a chunk.
@@ -250,9 +257,13 @@ impl Compiler<'_> {
     }
 
     fn gemm(&self, sources: &Sources, rows: Rows, give: Give, cols: usize) -> Result<Gemm> {
-        let groups = [&self.views.scratch, &self.views.read];
+        let v = self.views;
         let source = |tile| sources.by_rows(rows, give, cols, tile);
-        self.tiles(&format!("gemm {rows:?}"), &source, &groups)
+        let split = || self.device.kernel("split", &sources.split(rows, cols), &[&v.scratch]);
+        Ok(Gemm {
+            split: sources.tensor.map(|_| split()).transpose()?,
+            tiles: self.tiles(&format!("gemm {rows:?}"), &source, &[&v.scratch, &v.read])?,
+        })
     }
 
     fn tiles(
@@ -260,9 +271,9 @@ impl Compiler<'_> {
         name: &str,
         source: &dyn Fn(Tile) -> String,
         groups: &[&BindGroupLayout],
-    ) -> Result<Gemm> {
+    ) -> Result<Tiles> {
         let kernel = |tile| self.device.kernel(name, &source(tile), groups);
-        Ok(Gemm { short: kernel(Tile::Short)?, tall: kernel(Tile::Tall)? })
+        Ok(Tiles { short: kernel(Tile::Short)?, tall: kernel(Tile::Tall)? })
     }
 
     fn attention_chunk(&self, sources: &Sources) -> Result<AttentionChunk> {
@@ -296,9 +307,13 @@ impl Compiler<'_> {
         let (v, sizes) = (self.views, (self.shape.hidden, self.shape.moe.width));
         let groups = [&v.scratch, &v.slots[slabs.slabs - 1], &v.read];
         let up = |tile| sources.gemm_up(slabs, sizes, tile);
+        let split = |tile| sources.split_experts(sizes, tile);
         let down = |tile| sources.gemm_down(slabs, sizes, tile);
         Ok(ExpertChunk {
             up: self.tiles("gemm experts up", &up, &groups)?,
+            split: (sources.tensor)
+                .map(|_| self.tiles("split experts", &split, &[&v.scratch, &v.read]))
+                .transpose()?,
             down: self.tiles("gemm experts down", &down, &groups)?,
         })
     }

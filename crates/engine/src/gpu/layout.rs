@@ -186,6 +186,9 @@ impl Layout {
             self.place("PAIRS_AT", parts * PAIRS_WORDS);
         }
         self.place("OUTPUT_AT", self.rows * top_k * shape.hidden);
+        // By which powers of two rows are shifted for tensor cores.
+        self.place("ROW_SHIFTS_AT", self.rows);
+        self.place("PAIR_SHIFTS_AT", self.pairs);
         self.names.push(("SHORT_TILES_AT", short_tiles_at(self.pairs)));
     }
 }

@@ -132,6 +132,7 @@ impl Gpu {
             declarations: layout.declarations(shape),
             precisions: precisions(weights),
             subgroups: device.subgroups,
+            tensor: device.tensor.filter(|_| !wanted.plain),
         };
         let views = Views::new(&device);
         let each = slots_of_layers(container, weights, &budget)?;

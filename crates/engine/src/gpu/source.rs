@@ -4,14 +4,17 @@
 //! functions of their own, and lines that begin with `//ROW` are written once for each row of a team.
 //! Everything is text, so a test can hand every kernel to the translators of all the backends.
 
+use super::device::Tensor;
 use crate::container::{Precision, RecordLayout, ScaleKind};
 
 /// The text of one of our files.
 macro_rules! text {
     ($name:literal) => {
-        include_str!(concat!("shaders/", $name, ".wgsl"))
+        include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/src/gpu/shaders/", $name, ".wgsl"))
     };
 }
+
+mod tensor;
 
 /// The kernel that reads a buffer as fast as the device can.
 pub const READ: &str = text!("read");
@@ -62,7 +65,27 @@ pub enum Tile {
     Tall,
 }
 
+impl Rows {
+    /// How they are read.
+    fn input(self) -> &'static str {
+        match self {
+            Self::Normed => text!("rows_normed"),
+            Self::Mixed => text!("rows_mixed"),
+            Self::Gated => text!("rows_gated"),
+            Self::Shared => text!("rows_shared"),
+        }
+    }
+}
+
 impl Tile {
+    /// Where its list begins.
+    fn list(self) -> &'static str {
+        match self {
+            Self::Tall => "const TILES_AT = 0u;\n",
+            Self::Short => "const TILES_AT = SHORT_TILES_AT;\n",
+        }
+    }
+
     /// The vectors.
     pub fn vectors(self) -> usize {
         match self {
@@ -75,6 +98,36 @@ impl Tile {
 /// A matrix of an expert's record: its place's name, and how it is stored.
 type OfRecord = (&'static str, Precision);
 
+/// A product of experts with their tokens.
+struct OfExperts {
+    matrices: Vec<OfRecord>,
+    sizes: String,
+    /// Which row a pair takes, where rows, their shifts and outputs begin.
+    row: &'static str,
+    rows_at: &'static str,
+    shifts_at: &'static str,
+    given_at: &'static str,
+    /// What becomes of the matrices' sums.
+    output: &'static str,
+}
+
+impl OfExperts {
+    /// Its constants, and its matrices' places.
+    fn declarations(&self) -> String {
+        let place = |(i, (place, _)): (usize, &OfRecord)| format!("const PLACE_{i} = {place};\n");
+        let places: String = self.matrices.iter().enumerate().map(place).collect();
+        let Self { sizes, row, rows_at, given_at, .. } = self;
+        format!(
+            "{sizes}{places}const ROWS_AT = {rows_at};\nconst GIVEN_AT = {given_at};\n\
+             fn input_row(pair: u32) -> u32 {{ return {row}; }}\n"
+        )
+    }
+
+    fn precisions(&self) -> Vec<Precision> {
+        self.matrices.iter().map(|(_, precision)| *precision).collect()
+    }
+}
+
 /// Where kernels are put together.
 pub struct Sources {
     /// The model's constants.
@@ -83,6 +136,8 @@ pub struct Sources {
     pub precisions: Vec<Precision>,
     /// Whether a team is within a subgroup.
     pub subgroups: bool,
+    /// What products with many vectors take, where it is not f32 alone.
+    pub tensor: Option<Tensor>,
 }
 
 /// A name for a layout that can be part of an identifier.
@@ -208,7 +263,11 @@ fn sizes(cols: usize, rows: usize) -> String {
 
 /// What multiplies tiles of so many matrices.
 fn tiled(tile: Tile, matrices: usize) -> String {
-    constant("TILE", tile.vectors()) + &constant("MATRICES", matrices) + text!("gemm_tile")
+    tile_constants(tile, matrices) + text!("eight") + text!("gemm_tile")
+}
+
+fn tile_constants(tile: Tile, matrices: usize) -> String {
+    constant("TILE", tile.vectors()) + &constant("MATRICES", matrices)
 }
 
 fn constant(name: &str, value: usize) -> String {
@@ -289,24 +348,26 @@ impl Sources {
 
     /// Matrices of `cols` columns times many vectors, in tiles.
     pub fn by_rows(&self, rows: Rows, give: Give, cols: usize, tile: Tile) -> String {
-        let input = match rows {
-            Rows::Normed => text!("rows_normed"),
-            Rows::Mixed => text!("rows_mixed"),
-            Rows::Gated => text!("rows_gated"),
-            Rows::Shared => text!("rows_shared"),
-        };
-        let main = text!("gemm").replace("//FORMATS", &self.cases(text!("gemm_format")));
-        let parts: [&str; 8] = [
+        if let Some(tensor) = self.tensor {
+            return self.tensor_by_rows(tensor, rows, give, cols, tile);
+        }
+        let parts: [&str; 9] = [
             &self.head(),
             &constant("COLS", cols),
             text!("dense"),
-            input,
+            rows.input(),
             given(give),
             &tiled(tile, 1),
             &each("dense", &self.precisions, eight),
-            &main,
+            &self.pieces(),
+            text!("gemm"),
         ];
         parts.concat()
+    }
+
+    /// Which matrix of several a tile is of, and what unpacks it.
+    fn pieces(&self) -> String {
+        text!("gemm_piece").replace("//FORMATS", &self.cases(text!("gemm_format")))
     }
 
     /// Norm of every row of a chunk.
@@ -342,53 +403,57 @@ impl Sources {
     /// Gate and up of experts for their tokens, in tiles of one height.
     pub fn gemm_up(&self, slabs: &Slabs, (hidden, width): (usize, usize), tile: Tile) -> String {
         let layout = &slabs.layout;
-        let matrices = [("GATE_MATRIX", layout.gate.precision), ("UP_MATRIX", layout.up.precision)];
-        let row = "NORMED_AT + lists[bitcast<u32>(scratch[TOKEN_AT + 3u]) + pair] * COLS";
-        let output = "sums0[j] / (1.0 + exp(-sums0[j])) * sums1[j]";
-        let main = text!("gemm_experts").replace("OUTPUT", output);
-        let given = "const GIVEN_AT = ACTIVE_AT;\n".to_string() + &sizes(hidden, width);
-        self.gemm_experts(slabs, &matrices, [&given, row, &main], tile)
+        let product = OfExperts {
+            matrices: vec![
+                ("GATE_MATRIX", layout.gate.precision),
+                ("UP_MATRIX", layout.up.precision),
+            ],
+            sizes: sizes(hidden, width),
+            row: "lists[bitcast<u32>(scratch[TOKEN_AT + 3u]) + pair]",
+            rows_at: "NORMED_AT",
+            shifts_at: "ROW_SHIFTS_AT",
+            given_at: "ACTIVE_AT",
+            output: "sums0[j] / (1.0 + exp(-sums0[j])) * sums1[j]",
+        };
+        self.gemm_experts(slabs, &product, tile)
     }
 
     /// Down of experts for their tokens, in tiles of one height.
     pub fn gemm_down(&self, slabs: &Slabs, (hidden, width): (usize, usize), tile: Tile) -> String {
-        let matrices = [("DOWN_MATRIX", slabs.layout.down.precision)];
-        let main = text!("gemm_experts").replace("OUTPUT", "sums0[j]");
-        let given = "const GIVEN_AT = OUTPUT_AT;\n".to_string() + &sizes(width, hidden);
-        self.gemm_experts(slabs, &matrices, [&given, "ACTIVE_AT + pair * COLS", &main], tile)
+        let product = OfExperts {
+            matrices: vec![("DOWN_MATRIX", slabs.layout.down.precision)],
+            sizes: sizes(width, hidden),
+            row: "pair",
+            rows_at: "ACTIVE_AT",
+            shifts_at: "PAIR_SHIFTS_AT",
+            given_at: "OUTPUT_AT",
+            output: "sums0[j]",
+        };
+        self.gemm_experts(slabs, &product, tile)
     }
 
-    fn gemm_experts(
-        &self,
-        slabs: &Slabs,
-        matrices: &[OfRecord],
-        [constants, row, main]: [&str; 3],
-        tile: Tile,
-    ) -> String {
-        let of = |(i, (place, precision)): (usize, &OfRecord)| {
+    fn gemm_experts(&self, slabs: &Slabs, product: &OfExperts, tile: Tile) -> String {
+        if let Some(tensor) = self.tensor {
+            return self.tensor_experts(tensor, slabs, product, tile);
+        }
+        let main = text!("gemm_experts").replace("OUTPUT", product.output);
+        let function = |(i, (_, precision)): (usize, &OfRecord)| {
             let name = name(*precision);
             format!(
-                "const PLACE_{i} = {place};\n\
-                 fn eight_{i}(m: Matrix, n: u32, part: u32) -> Eight {{\n\
+                "fn eight_{i}(m: Matrix, n: u32, part: u32) -> Eight {{\n\
                  return expert_eight_{name}(m, n, part);\n}}\n"
             )
         };
-        let places: String = matrices.iter().enumerate().map(of).collect();
-        let precisions: Vec<Precision> = matrices.iter().map(|(_, p)| *p).collect();
-        let tiles = match tile {
-            Tile::Tall => "const TILES_AT = 0u;\n",
-            Tile::Short => "const TILES_AT = SHORT_TILES_AT;\n",
-        };
-        let parts: [&str; 9] = [
+        let functions: String = product.matrices.iter().enumerate().map(function).collect();
+        let parts: [&str; 8] = [
             &self.head(),
-            constants,
-            tiles,
+            tile.list(),
             &slabs.source(),
-            &format!("fn input_row(pair: u32) -> u32 {{ return {row}; }}\n"),
-            &tiled(tile, matrices.len()),
-            &each("expert", &precisions, eight),
-            &places,
-            &repeated(main, ("//MATRIX ", "$m"), matrices.len()),
+            &product.declarations(),
+            &tiled(tile, product.matrices.len()),
+            &each("expert", &product.precisions(), eight),
+            &functions,
+            &repeated(&main, ("//MATRIX ", "$m"), product.matrices.len()),
         ];
         parts.concat()
     }

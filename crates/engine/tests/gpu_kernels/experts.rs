@@ -7,7 +7,7 @@ use wgpu::BindGroup;
 use super::super::chunk::{sort, tokens_at};
 use super::super::dense::{Packing, Segment};
 use super::super::layout::short_tiles_at;
-use super::super::source::{Slabs, Tile};
+use super::super::source::{Rows, Slabs, Tile};
 use super::{Bench, MANTISSA, Random, Rounded, Stand, by_team, precisions, shape, sigmoid, stands};
 use crate::container::{Matrix, Precision, RecordLayout};
 use crate::shape::{ExpertId, Shape};
@@ -212,10 +212,15 @@ fn experts_take_all_of_their_tokens_together() {
             let lists = bench.group(&views.read, bytemuck::cast_slice(&lists));
             let groups = [&slots, &lists];
             let kernels = [&views.slots[records.slabs.slabs - 1], &views.read];
+            bench.split(Rows::Normed, shape.hidden, tokens);
             let tiles = [(Tile::Tall, sorted.tall.len()), (Tile::Short, sorted.short.len())];
             for (tile, count) in tiles.into_iter().filter(|(_, count)| *count > 0) {
                 let up = bench.sources.gemm_up(&records.slabs, sizes, tile);
                 bench.run(&up, &kernels, &[(&groups, [sizes.1.div_ceil(64), count, 1])]);
+            }
+            for (tile, count) in tiles.into_iter().filter(|_| stand.tensor.is_some()) {
+                let split = bench.sources.split_experts(sizes, tile);
+                bench.run(&split, &[&views.read], &[(&[&lists], [tile.vectors(), count, 1])]);
             }
             for (tile, count) in tiles.into_iter().filter(|(_, count)| *count > 0) {
                 let down = bench.sources.gemm_down(&records.slabs, sizes, tile);

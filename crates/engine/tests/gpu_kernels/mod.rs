@@ -9,6 +9,7 @@ mod blocks;
 mod experts;
 mod pipelines;
 mod products;
+mod tensor;
 
 use std::env;
 
@@ -16,22 +17,24 @@ use flash_moe_kernels::{Isa, f32_to_bf16, f32_to_f16};
 use wgpu::{BindGroup, BindGroupLayout, Buffer};
 
 use super::adapters;
-use super::device::Device;
+use super::device::{Device, Tensor};
 use super::kernels::Views;
 use super::layout::Layout;
-use super::source::Sources;
+use super::source::{Rows, Sources};
 use crate::container::{Container, Matrix, Precision, ScaleKind};
 use crate::memory::Block;
 use crate::shape::{DeltaNet, Shape};
 
-/// An adapter, with teams in subgroups or in workgroup memory.
+/// An adapter, with teams in subgroups or in workgroup memory, and with products on tensor cores or not.
 pub struct Stand {
     device: Device,
     views: Views,
     subgroups: bool,
+    tensor: Option<Tensor>,
 }
 
-/// Every adapter of the machine, in both forms where its subgroups are large enough for a team.
+/// Every adapter of the machine, in both forms where its subgroups are large enough for a team, and once
+/// more with tensor cores where it has them.
 fn stands() -> Vec<Stand> {
     let all = adapters();
     if all.is_empty() {
@@ -40,19 +43,22 @@ fn stands() -> Vec<Stand> {
     }
     let mut stands = Vec::new();
     for adapter in &all {
-        let forms = match Device::open(&adapter.adapter).expect("a device").subgroups {
-            true => &[false, true][..],
-            false => {
-                println!(
-                    "SKIP: {}: no subgroups of 32 lanes, teams in workgroup memory alone",
-                    adapter.name
-                );
-                &[false]
-            }
-        };
-        for subgroups in forms {
+        let device = Device::open(&adapter.adapter).expect("a device");
+        let mut forms = vec![(false, None)];
+        match device.subgroups {
+            true => forms.push((true, None)),
+            false => println!(
+                "SKIP: {}: no subgroups of 32 lanes, teams in workgroup memory alone",
+                adapter.name
+            ),
+        }
+        match device.tensor {
+            Some(_) => forms.push((device.subgroups, device.tensor)),
+            None => println!("SKIP: {}: no tensor cores, products in f32 alone", adapter.name),
+        }
+        for (subgroups, tensor) in forms {
             let device = Device::open(&adapter.adapter).expect("a device");
-            stands.push(Stand { views: Views::new(&device), device, subgroups: *subgroups });
+            stands.push(Stand { views: Views::new(&device), device, subgroups, tensor });
         }
     }
     stands
@@ -79,6 +85,7 @@ impl<'a> Bench<'a> {
                 declarations: layout.declarations(shape),
                 precisions: precisions.to_vec(),
                 subgroups: stand.subgroups,
+                tensor: stand.tensor,
             },
             stand,
             shape,
@@ -113,6 +120,13 @@ impl<'a> Bench<'a> {
         let device = &self.stand.device;
         let buffer = device.filled("test", bytemuck::cast_slice(contents)).expect("memory");
         device.group(view, &[&buffer]).expect("a group")
+    }
+
+    /// Splits the rows that a product takes, where it takes split ones.
+    fn split(&self, rows: Rows, cols: usize, count: usize) {
+        if self.sources.tensor.is_some() {
+            self.run(&self.sources.split(rows, cols), &[], &[(&[], [count, 1, 1])]);
+        }
     }
 
     /// Compiles a kernel and runs it once for each set of its buffers behind the scratch.

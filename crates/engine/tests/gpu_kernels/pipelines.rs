@@ -16,7 +16,7 @@ fn compile(adapter: &wgpu::Adapter, dir: &Path) -> Option<usize> {
     let mut device = Device::open(adapter).expect("a device");
     let kept = KeptPipelines::open(dir, adapter, &mut device)?;
     let shape = shape();
-    let stand = Stand { views: Views::new(&device), device, subgroups: false };
+    let stand = Stand { views: Views::new(&device), device, subgroups: false, tensor: None };
     let bench = Bench::new(&stand, &shape, &[], 1);
     let groups = [&stand.views.scratch];
     stand.device.kernel("test", &bench.sources.combine(), &groups).expect("it compiles");

@@ -179,6 +179,7 @@ fn a_vector_is_normed_or_gated_on_its_way_in() {
 /// Runs a product of many vectors on the packed matrices.
 fn by_rows(bench: &Bench, rows: Rows, give: Give, cols: usize, parts: &[Part], tokens: usize) {
     bench.put_numbers("TOKEN_AT", &[0, tokens]);
+    bench.split(rows, cols, tokens);
     let tile = if tokens == 33 { Tile::Short } else { Tile::Tall };
     let source = bench.sources.by_rows(rows, give, cols, tile);
     let groups: Vec<_> = parts.iter().map(|part| [&part.group]).collect();

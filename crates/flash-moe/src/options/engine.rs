@@ -63,7 +63,8 @@ pub struct EngineArgs {
     pub isa: IsaChoice,
 
     /// Activations stay f32 when they meet quantised weights, instead of 16-bit integers with a
-    /// scale for every 64 (relative error 2e-5). Slower; the reference for everything else.
+    /// scale for every 64 (relative error 2e-5). Slower; the reference for everything else. On a GPU,
+    /// whose arithmetic is f32 anyway, a prompt's products then leave tensor cores alone.
     #[arg(long, conflicts_with = "fast", help_heading = "Machine")]
     pub exact: bool,
 
@@ -299,6 +300,7 @@ impl EngineArgs {
             memory_bytes: self.gpu_memory,
             kernels_dir: environment::cache_dir(),
             timed: false,
+            plain: self.exact,
             misses,
         };
         let exact = Options {

@@ -16,8 +16,10 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let first = group.x * 64u;
     let units = COLS >> 5u;
     let n = min(first + (tid >> 2u), OUT_ROWS - 1u) * units;
-    let vector_at = input_row(first_pair + min(tid >> 3u, pairs - 1u)) + 4u * (tid & 7u);
-    let other_at = input_row(first_pair + min((tid >> 3u) + 32u, pairs - 1u)) + 4u * (tid & 7u);
+    let vector = input_row(first_pair + min(tid >> 3u, pairs - 1u));
+    let other = input_row(first_pair + min((tid >> 3u) + 32u, pairs - 1u));
+    let vector_at = ROWS_AT + vector * COLS + 4u * (tid & 7u);
+    let other_at = ROWS_AT + other * COLS + 4u * (tid & 7u);
     let share = share_of(tid);
     var mine = four(vector_at);
     var second = vec4(0.0);

@@ -3,11 +3,6 @@
 // after it is on its way meanwhile. A thread has 4 rows by 4 vectors. Where the vectors are few, 4 threads
 // share them: each takes a quarter of a unit's columns, and the sums are joined at the end.
 
-struct Eight {
-    low: vec4<f32>,
-    high: vec4<f32>,
-}
-
 const STRIDE = TILE / 4u;
 const PARTS = 64u / TILE;
 const FOURS = 8u / PARTS;

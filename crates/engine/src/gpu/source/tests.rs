@@ -34,13 +34,18 @@ fn slabs(shape: &Shape, precision: Precision, slabs: usize) -> Slabs {
     Slabs { layout, slabs, slots_each: 5, slot_words }
 }
 
-/// Names and sources of all kernels of a model.
-fn kernels(shape: &Shape, subgroups: bool) -> Vec<(String, String)> {
-    let sources = |rows| Sources {
+fn sources(shape: &Shape, rows: usize, subgroups: bool) -> Sources {
+    Sources {
         declarations: Layout::new(shape, shape.moe.top_k, rows).declarations(shape),
         precisions: precisions(),
         subgroups,
-    };
+        tensor: None,
+    }
+}
+
+/// Names and sources of all kernels of a model.
+fn kernels(shape: &Shape, subgroups: bool) -> Vec<(String, String)> {
+    let sources = |rows| sources(shape, rows, subgroups);
     let (one, many) = (sources(1), sources(64));
     let mut all = vec![
         ("delta".to_string(), one.delta()),
@@ -67,11 +72,7 @@ fn kernels(shape: &Shape, subgroups: bool) -> Vec<(String, String)> {
             all.push((format!("mat_vec {input:?}"), one.by_vector(input, give, cols, rows)));
         }
     }
-    for rows in [Rows::Normed, Rows::Mixed, Rows::Gated, Rows::Shared] {
-        for tile in [Tile::Short, Tile::Tall] {
-            all.push((format!("gemm {rows:?}"), many.by_rows(rows, Give::Add, 256, tile)));
-        }
-    }
+    all.extend(dense_products(&many));
     let sizes = (shape.hidden, shape.moe.width);
     for precision in precisions() {
         for count in [1, 4] {
@@ -79,22 +80,53 @@ fn kernels(shape: &Shape, subgroups: bool) -> Vec<(String, String)> {
             let shared = (count == 1).then_some(precision);
             all.push((format!("up {precision:?}"), one.experts_up(&slabs, shape.hidden, 2)));
             all.push((format!("down {precision:?}"), one.experts_down(&slabs, shared, 4608, 2)));
-            for tile in [Tile::Short, Tile::Tall] {
-                all.push((format!("gemm up {precision:?}"), many.gemm_up(&slabs, sizes, tile)));
-                all.push((format!("gemm down {precision:?}"), many.gemm_down(&slabs, sizes, tile)));
-            }
+            all.extend(expert_products(&many, &slabs, sizes));
         }
     }
     all
 }
 
-fn translate(name: &str, source: &str) {
+fn dense_products(many: &Sources) -> Vec<(String, String)> {
+    let mut all = Vec::new();
+    for rows in [Rows::Normed, Rows::Mixed, Rows::Gated, Rows::Shared] {
+        for tile in [Tile::Short, Tile::Tall] {
+            all.push((format!("gemm {rows:?}"), many.by_rows(rows, Give::Add, 256, tile)));
+        }
+    }
+    all
+}
+
+fn expert_products(many: &Sources, slabs: &Slabs, sizes: (usize, usize)) -> Vec<(String, String)> {
+    let mut all = Vec::new();
+    for tile in [Tile::Short, Tile::Tall] {
+        let precision = slabs.layout.gate.precision;
+        all.push((format!("gemm up {precision:?}"), many.gemm_up(slabs, sizes, tile)));
+        all.push((format!("gemm down {precision:?}"), many.gemm_down(slabs, sizes, tile)));
+    }
+    all
+}
+
+/// What splits rows for tensor cores, which any device could do.
+fn splits(many: &Sources, sizes: (usize, usize)) -> Vec<(String, String)> {
+    let rows = [Rows::Normed, Rows::Mixed, Rows::Gated, Rows::Shared];
+    let split = |rows| (format!("split {rows:?}"), many.split(rows, 256));
+    let of_tile = |tile| (format!("split experts {tile:?}"), many.split_experts(sizes, tile));
+    rows.map(split).into_iter().chain([Tile::Short, Tile::Tall].map(of_tile)).collect()
+}
+
+/// What naga makes of a kernel, which it gives to Vulkan.
+fn to_vulkan(name: &str, source: &str) -> (naga::Module, naga::valid::ModuleInfo) {
     let module = naga::front::wgsl::parse_str(source)
         .unwrap_or_else(|e| panic!("{name}: {}", e.emit_to_string(source)));
     let mut validator = Validator::new(ValidationFlags::all(), Capabilities::all());
     let info = validator.validate(&module).unwrap_or_else(|e| panic!("{name}: {e:?}"));
     let words = spv::write_vec(&module, &info, &spv::Options::default(), None);
     assert!(words.unwrap_or_else(|e| panic!("{name} to SPIR-V: {e}")).len() > 100);
+    (module, info)
+}
+
+fn translate(name: &str, source: &str) {
+    let (module, info) = to_vulkan(name, source);
     let metal = msl::Options { lang_version: (2, 4), ..Default::default() };
     let text = msl::write_string(&module, &info, &metal, &msl::PipelineOptions::default());
     let (text, _) = text.unwrap_or_else(|e| panic!("{name} to Metal: {e}"));
@@ -113,11 +145,24 @@ fn translate(name: &str, source: &str) {
     assert!(text.contains("numthreads"), "{name}");
 }
 
+/// The built-in model's.
+fn shape() -> Shape {
+    let tiny = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models/tiny");
+    crate::container::Container::open(&tiny).expect("the built-in model").shape().clone()
+}
+
+/// Bytes of the workgroup memory of a kernel.
+fn workgroup_bytes(source: &str) -> u32 {
+    let module = naga::front::wgsl::parse_str(source).expect("it was taken");
+    let sizes = (module.global_variables.iter())
+        .filter(|(_, variable)| variable.space == naga::AddressSpace::WorkGroup)
+        .map(|(_, variable)| module.types[variable.ty].inner.size(module.to_ctx()));
+    sizes.sum()
+}
+
 #[test]
 fn every_kernel_is_taken_by_vulkan_metal_and_direct3d() {
-    let tiny = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models/tiny");
-    let container = crate::container::Container::open(&tiny).expect("the built-in model");
-    let mut shape = container.shape().clone();
+    let mut shape = shape();
     // Whole groups of every layout.
     (shape.hidden, shape.moe.width) = (512, 256);
     for subgroups in [false, true] {
@@ -127,11 +172,28 @@ fn every_kernel_is_taken_by_vulkan_metal_and_direct3d() {
     }
     // A model without a shared expert.
     shape.moe.shared_width = 0;
-    let sources = Sources {
-        declarations: Layout::new(&shape, shape.moe.top_k, 1).declarations(&shape),
-        precisions: precisions(),
-        subgroups: true,
-    };
+    let sources = sources(&shape, 1, true);
     let slabs = slabs(&shape, Precision::Bf16, 2);
     translate("down without shared", &sources.experts_down(&slabs, None, 1024, 1));
+}
+
+#[test]
+fn products_on_tensor_cores_are_taken_by_vulkan() {
+    let mut shape = shape();
+    let sizes = (512, 256);
+    (shape.hidden, shape.moe.width) = sizes;
+    for side in [8, 16] {
+        let many = Sources { tensor: Some(Tensor { side }), ..sources(&shape, 64, true) };
+        splits(&many, sizes).iter().for_each(|(name, source)| translate(name, source));
+        let mut products = dense_products(&many);
+        for (precision, count) in precisions().into_iter().zip([1, 4].into_iter().cycle()) {
+            products.extend(expert_products(&many, &slabs(&shape, precision, count), sizes));
+        }
+        for (name, source) in products {
+            assert!(source.contains("coopMultiplyAdd"), "{name}");
+            drop(to_vulkan(&name, &source));
+            let bytes = workgroup_bytes(&source);
+            assert!(bytes <= 32 << 10, "{name}: {bytes} bytes of workgroup memory");
+        }
+    }
 }

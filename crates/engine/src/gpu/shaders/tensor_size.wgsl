@@ -1,0 +1,1 @@
+        case CODEu: { size = dense_size_NAME(m, n, half); }
