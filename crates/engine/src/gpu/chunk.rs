@@ -126,7 +126,7 @@ impl Chunk {
         Ok(Self {
             kernels,
             scratch_group: device.group(&views.scratch, &[&scratch])?,
-            lists_group: device.group(&views.read, &[&lists])?,
+            lists_group: views.read_group(device, &lists)?,
             landing: device.landing(layout.bytes())?,
             scratch,
             lists,

@@ -6,9 +6,10 @@
 
 use std::ops::Range;
 
-use wgpu::{BindGroup, BindGroupLayout, Buffer};
+use wgpu::{BindGroup, Buffer};
 
 use super::device::Device;
+use super::kernels::Views;
 use super::layout::{HEADER_VECTORS, SEGMENTS_MAX};
 use super::source::scale_bytes;
 use crate::container::{Matrix, Precision};
@@ -56,8 +57,8 @@ pub struct Packing<'a> {
     pub precisions: &'a [Precision],
     /// Bytes of a buffer at most.
     pub buffer_bytes: u64,
-    /// The kernels' view of a part.
-    pub view: &'a BindGroupLayout,
+    /// The kernels' views, of which a part is one that is read.
+    pub views: &'a Views,
 }
 
 struct Piece<'a> {
@@ -151,7 +152,7 @@ impl Packing<'_> {
         let buffer = device.buffer(name, bytes)?;
         device.write_all(&buffer, 0, bytemuck::cast_slice(&header))?;
         contents.upload(device, &buffer)?;
-        let group = device.group(self.view, &[&buffer])?;
+        let group = self.views.read_group(device, &buffer)?;
         let workgroups = workgroups.min(WORKGROUPS_MAX);
         Ok(Part { group, workgroups: workgroups as u32, tiles: tiles as u32, bytes })
     }

@@ -3,7 +3,9 @@
 //! Owns the layouts of their buffers too. How many rows a team takes is decided here: enough work for a
 //! team to have several reads under way, and enough workgroups for every processor of the device.
 
-use wgpu::{BindGroupLayout, ComputePipeline};
+use std::iter;
+
+use wgpu::{BindGroup, BindGroupLayout, Buffer, ComputePipeline};
 
 use super::device::{Access, Device};
 use super::source::{Give, Input, Lying, Rows, Slabs, Sources, Tile};
@@ -20,11 +22,11 @@ const ROWS_MAX: usize = 4;
 pub struct Views {
     /// The scratch.
     pub scratch: BindGroupLayout,
-    /// One buffer that is read.
+    /// One buffer that is read, as vectors and as words.
     pub read: BindGroupLayout,
     /// One that is written too.
     pub write: BindGroupLayout,
-    /// The table of a layer's slots and its slabs, by their number less one.
+    /// The table of a layer's slots and its slabs, each as vectors and as words, by their number less one.
     pub slots: Vec<BindGroupLayout>,
 }
 
@@ -32,13 +34,36 @@ impl Views {
     /// On a device.
     pub fn new(device: &Device) -> Self {
         let slots =
-            (1..=super::slots::SLABS_MAX).map(|n| device.layout(&vec![Access::Read; n + 1]));
+            (1..=super::slots::SLABS_MAX).map(|n| device.layout(&vec![Access::Read; 2 * n + 1]));
         Self {
             scratch: device.layout(&[Access::Write]),
-            read: device.layout(&[Access::Read]),
+            read: device.layout(&[Access::Read; 2]),
             write: device.layout(&[Access::Write]),
             slots: slots.collect(),
         }
+    }
+
+    /// A buffer that is read.
+    ///
+    /// # Errors
+    /// As [`Device::group`].
+    pub fn read_group(&self, device: &Device, buffer: &Buffer) -> Result<BindGroup> {
+        device.group(&self.read, &[buffer, buffer])
+    }
+
+    /// A layer's slots: their table and as many slabs as there are.
+    ///
+    /// # Errors
+    /// As [`Device::group`].
+    pub fn slots_group(
+        &self,
+        device: &Device,
+        places: &Buffer,
+        slabs: &[Buffer],
+    ) -> Result<BindGroup> {
+        let slabs_twice = slabs.iter().flat_map(|slab| [slab, slab]);
+        let buffers: Vec<&Buffer> = iter::once(places).chain(slabs_twice).collect();
+        device.group(&self.slots[slabs.len() - 1], &buffers)
     }
 }
 

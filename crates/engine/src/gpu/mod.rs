@@ -150,7 +150,7 @@ impl Gpu {
             packing: Packing {
                 precisions: &sources.precisions,
                 buffer_bytes: adapter.binding_bytes,
-                view: &views.read,
+                views: &views,
             },
             slots: budget.slots_each,
         };
@@ -415,7 +415,7 @@ impl Loader<'_> {
     fn vectors(&self, vectors: &[&[f32]]) -> Result<BindGroup> {
         let all = vectors.concat();
         let buffer = self.device.filled("vectors", bytemuck::cast_slice(&all))?;
-        self.device.group(&self.views.read, &[&buffer])
+        self.views.read_group(self.device, &buffer)
     }
 
     fn attention(&self, layer: &LayerWeights, w: &AttentionWeights) -> Result<Mixing> {
@@ -468,12 +468,11 @@ impl Loader<'_> {
             let parts = self.segments("shared expert", &[(&block.down, "H_AT")], &[], 1)?;
             shared = one(parts)?;
         }
-        let (view, counts) =
-            (&self.views.slots[slots.0.slabs - 1], (self.slots, self.shape.moe.experts));
+        let counts = (self.slots, self.shape.moe.experts);
         Ok(Feeding::Experts(Box::new(Experts {
             route: self.segments("router", &route, norm, self.kernels.router.rows)?,
             shared,
-            slots: LayerSlots::new(self.device, view, layer, slots.0.clone(), counts)?,
+            slots: LayerSlots::new(self.device, self.views, layer, slots.0.clone(), counts)?,
             kernels: place.expect("kernels are compiled for every distinct layout"),
         })))
     }

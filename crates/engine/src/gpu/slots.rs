@@ -7,10 +7,11 @@
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use wgpu::{BindGroup, BindGroupLayout, Buffer};
+use wgpu::{BindGroup, Buffer};
 
 use super::clock::Way;
 use super::device::Device;
+use super::kernels::Views;
 use super::source::Slabs;
 use crate::container::RecordLayout;
 use crate::error::{Error, Result};
@@ -134,7 +135,7 @@ impl LayerSlots {
     /// The device has no memory left.
     pub fn new(
         device: &Device,
-        view: &BindGroupLayout,
+        views: &Views,
         layer: LayerId,
         slabs: Slabs,
         (slots, experts): (usize, usize),
@@ -145,8 +146,7 @@ impl LayerSlots {
             .map(|i| slabs.slots_each.min(slots - i * slabs.slots_each) as u64 * slot_bytes);
         let buffers: Vec<Buffer> =
             counts.map(|bytes| device.buffer("experts", bytes)).collect::<Result<_>>()?;
-        let all: Vec<&Buffer> = std::iter::once(&places).chain(&buffers).collect();
-        let group = device.group(view, &all)?;
+        let group = views.slots_group(device, &places, &buffers)?;
         let (places_now, held) = (vec![NOWHERE; experts], vec![NOWHERE; slots]);
         device.write(&places, 0, bytemuck::cast_slice(&places_now));
         let table = Table {

@@ -549,19 +549,26 @@ pub struct Slabs {
 }
 
 impl Slabs {
+    /// Takes an element out of the buffers of this name.
+    fn read(&self, name: &str) -> String {
+        let case = |i| format!("case {i}u: {{ return {name}{i}[at]; }}\n");
+        let cases: String = (1..self.slabs).map(case).collect();
+        match self.slabs {
+            1 => format!("return {name}0[at];"),
+            _ => format!("switch slab {{\n{cases}default: {{ return {name}0[at]; }}\n}}"),
+        }
+    }
+
     fn source(&self) -> String {
-        let bindings = (0..self.slabs).map(|i| {
-            let at = i + 1;
-            format!("@group(1) @binding({at}) var<storage, read> slab{i}: array<vec4<u32>>;\n")
-        });
-        let cases = (1..self.slabs).map(|i| format!("case {i}u: {{ return slab{i}[at]; }}\n"));
-        let read = match self.slabs {
-            1 => "return slab0[at];".to_string(),
-            _ => format!(
-                "switch slab {{\n{}default: {{ return slab0[at]; }}\n}}",
-                cases.collect::<String>()
-            ),
+        let binding = |i: usize| {
+            let at = 2 * i + 1;
+            format!(
+                "@group(1) @binding({at}) var<storage, read> slab{i}: array<vec4<u32>>;\n\
+                 @group(1) @binding({}) var<storage, read> words{i}: array<u32>;\n",
+                at + 1
+            )
         };
+        let bindings: String = (0..self.slabs).map(binding).collect();
         let matrices = [
             ("GATE_MATRIX", &self.layout.gate),
             ("UP_MATRIX", &self.layout.up),
@@ -578,8 +585,9 @@ impl Slabs {
             )
         });
         let text = text!("experts")
-            .replace("//SLABS", &bindings.collect::<String>())
-            .replace("//SLAB_READ", &read);
+            .replace("//SLABS", &bindings)
+            .replace("//SLAB_VECTOR", &self.read("slab"))
+            .replace("//SLAB_WORD", &self.read("words"));
         text + &matrices.concat()
             + &constant("SLAB_SLOTS", self.slots_each)
             + &constant("SLOT_WORDS", self.slot_words)

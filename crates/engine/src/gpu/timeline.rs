@@ -44,7 +44,7 @@ impl Gpu {
             let buffer = self.device.buffer("KV cache or state of a layer", bytes)?;
             Ok(LayerMemory {
                 write: self.device.group(&self.views.write, &[&buffer])?,
-                read: self.device.group(&self.views.read, &[&buffer])?,
+                read: self.views.read_group(&self.device, &buffer)?,
                 buffer,
             })
         };

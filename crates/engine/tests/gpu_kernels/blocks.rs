@@ -48,8 +48,8 @@ impl<'a> Cache<'a> {
         };
         let (device, views) = (&bench.stand.device, &bench.stand.views);
         let buffer = device.filled("cache", &bytes).expect("memory");
-        let groups = [&views.read, &views.write]
-            .map(|view| device.group(view, &[&buffer]).expect("a group"));
+        let groups = [views.read_group(device, &buffer), device.group(&views.write, &[&buffer])]
+            .map(|group| group.expect("a group"));
         Self { a, halves, buffer, groups }
     }
 
@@ -154,7 +154,7 @@ impl Turn<'_> {
             bench.put(name, values);
         }
         let views = &bench.stand.views;
-        let vectors = bench.group(&views.read, &norms);
+        let vectors = bench.group(&norms);
         let counts = [a.heads + a.kv_heads, tokens, 1];
         let source = bench.sources.turn(self.cache.halves);
         let groups = [&vectors, &self.cache.groups[1]];
@@ -375,7 +375,7 @@ fn the_delta_rule_takes_tokens_one_by_one() {
         let (views, device) = (&stand.views, &stand.device);
         let buffer = device.filled("memory", bytemuck::cast_slice(&memory)).expect("memory");
         let groups = [
-            &bench.group(&views.read, &rule.vectors()),
+            &bench.group(&rule.vectors()),
             &device.group(&views.write, &[&buffer]).expect("a group"),
         ];
         for step in 1..6 {
@@ -409,9 +409,10 @@ fn the_delta_rule_takes_chunks_of_any_length() {
         let (mut rule, memory) = Rule::new(d, &mut random, 7);
         let (views, device) = (&stand.views, &stand.device);
         let buffer = device.filled("memory", bytemuck::cast_slice(&memory)).expect("memory");
-        let vectors = bench.group(&views.read, &rule.vectors());
+        let vectors = bench.group(&rule.vectors());
         let [read, write] =
-            [&views.read, &views.write].map(|v| device.group(v, &[&buffer]).expect("a group"));
+            [views.read_group(device, &buffer), device.group(&views.write, &[&buffer])]
+                .map(|group| group.expect("a group"));
         let mut taken = 0;
         for tokens in [2, 33, 1, 31, 100, 32] {
             let raw = random.vector(tokens * d.conv_channels());
@@ -469,7 +470,7 @@ fn rows_are_normed() {
         let packing = Packing {
             precisions: &bench.sources.precisions,
             buffer_bytes: 1 << 20,
-            view: &stand.views.read,
+            views: &stand.views,
         };
         let segments = [Segment { matrix: &matrix, to: 0, chunk_to: 0 }];
         let parts = packing.pack(&stand.device, "test", &segments, &weights, 1).expect("memory");

@@ -58,8 +58,7 @@ impl Records {
         let filled = |bytes: &[u8]| device.filled("test", bytes).expect("memory");
         let places = filled(bytemuck::cast_slice(&places));
         let slabs: Vec<_> = slots.chunks(slot_bytes * self.slabs.slots_each).map(filled).collect();
-        let buffers: Vec<_> = std::iter::once(&places).chain(&slabs).collect();
-        device.group(&stand.views.slots[self.slabs.slabs - 1], &buffers).expect("a group")
+        stand.views.slots_group(device, &places, &slabs).expect("a group")
     }
 
     /// silu(gate x) * (up x) of an expert.
@@ -157,7 +156,7 @@ fn packed(bench: &Bench, matrix: &Matrix) -> BindGroup {
     let packing = Packing {
         precisions: &bench.sources.precisions,
         buffer_bytes: 1 << 20,
-        view: &bench.stand.views.read,
+        views: &bench.stand.views,
     };
     let segments = [Segment { matrix, to: bench.layout.at("H_AT"), chunk_to: 0 }];
     let mut parts = packing.pack(&bench.stand.device, "shared", &segments, &[], 1).expect("memory");
@@ -209,7 +208,7 @@ fn experts_take_all_of_their_tokens_together() {
                 bench.put(name, values);
             }
             let views = &stand.views;
-            let lists = bench.group(&views.read, bytemuck::cast_slice(&lists));
+            let lists = bench.group(bytemuck::cast_slice(&lists));
             let groups = [&slots, &lists];
             let kernels = [&views.slots[records.slabs.slabs - 1], &views.read];
             bench.split(Rows::Normed, shape.hidden, tokens);

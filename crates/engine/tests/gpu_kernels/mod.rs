@@ -115,11 +115,11 @@ impl<'a> Bench<'a> {
         values
     }
 
-    /// A buffer with these contents, seen so by kernels.
-    fn group(&self, view: &BindGroupLayout, contents: &[f32]) -> BindGroup {
+    /// A buffer with these contents, which kernels read.
+    fn group(&self, contents: &[f32]) -> BindGroup {
         let device = &self.stand.device;
         let buffer = device.filled("test", bytemuck::cast_slice(contents)).expect("memory");
-        device.group(view, &[&buffer]).expect("a group")
+        self.stand.views.read_group(device, &buffer).expect("a group")
     }
 
     /// Splits the rows that a product takes, where it takes split ones.

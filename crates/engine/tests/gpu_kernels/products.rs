@@ -32,7 +32,7 @@ fn pack(bench: &Bench, matrices: &[Matrix], name: &str, vector: &[f32], rows: us
     let packing = Packing {
         precisions: &bench.sources.precisions,
         buffer_bytes: 128 << 20,
-        view: &bench.stand.views.read,
+        views: &bench.stand.views,
     };
     let (first, tokens) = (bench.layout.at(name), bench.layout.tokens());
     let [one, many] = [1, tokens].map(|tokens| places(matrices, tokens));

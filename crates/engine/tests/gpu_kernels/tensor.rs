@@ -62,7 +62,7 @@ fn products(bench: &Bench, matrix: &Matrix, vectors: &[Vec<f32>], tile: Tile) ->
     let packing = Packing {
         precisions: &bench.sources.precisions,
         buffer_bytes: 1 << 20,
-        view: &stand.views.read,
+        views: &stand.views,
     };
     let segments = [Segment { matrix, to: 0, chunk_to: bench.layout.at("OUTPUT_AT") }];
     let part = &packing.pack(&stand.device, "test", &segments, &[], 1).expect("memory")[0];

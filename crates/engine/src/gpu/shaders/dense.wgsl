@@ -7,9 +7,14 @@ struct Matrix {
 }
 
 @group(1) @binding(0) var<storage, read> dense: array<vec4<u32>>;
+@group(1) @binding(1) var<storage, read> dense_words: array<u32>;
 
 fn dense_vec(at: u32) -> vec4<u32> {
     return dense[at];
+}
+
+fn dense_word(at: u32) -> u32 {
+    return dense_words[at];
 }
 
 // The norm's weights lie behind the header in the order of the staged input: vector j of a unit holds

@@ -24,7 +24,11 @@ struct Place {
 var<private> slab: u32;
 
 fn expert_vec(at: u32) -> vec4<u32> {
-    //SLAB_READ
+    //SLAB_VECTOR
+}
+
+fn expert_word(at: u32) -> u32 {
+    //SLAB_WORD
 }
 
 // Points `slab` at an expert's and gives where in it its record starts, in words.

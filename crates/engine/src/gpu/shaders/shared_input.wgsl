@@ -1,7 +1,12 @@
 @group(2) @binding(0) var<storage, read> dense: array<vec4<u32>>;
+@group(2) @binding(1) var<storage, read> dense_words: array<u32>;
 
 fn dense_vec(at: u32) -> vec4<u32> {
     return dense[at];
+}
+
+fn dense_word(at: u32) -> u32 {
+    return dense_words[at];
 }
 
 fn shared_input(e: u32) -> vec4<f32> {
