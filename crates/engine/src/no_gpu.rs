@@ -10,8 +10,8 @@ use std::fmt;
 use std::time::Duration;
 
 pub use asked::{
-    ChunkInput, DeviceLimits, GpuCounters, GpuOptions, Host, Logits, MissPlan, MissRates, Misses,
-    NO_ADAPTER, SHARES, Token, VideoBudget, Watch, uploads_bytes,
+    ChunkInput, DeviceLimits, GpuCounters, GpuOptions, Host, KernelRate, Logits, MissPlan,
+    MissRates, Misses, NO_ADAPTER, SHARES, Token, VideoBudget, Watch, uploads_bytes,
 };
 
 use crate::container::{Container, RecordLayout};
@@ -106,6 +106,11 @@ impl Gpu {
 
     /// Makes it ready.
     pub fn prepare(&mut self, _: &Host) -> Result<()> {
+        match *self {}
+    }
+
+    /// Times its kernels.
+    pub fn kernels_alone(&self, _: usize, _: Duration) -> Result<Vec<KernelRate>> {
         match *self {}
     }
 

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use wgpu::{BindGroup, ComputePass};
 
+use super::asked::KernelRate;
 use super::clock::{Commands, Work};
 use super::dense::{Part, bytes_of};
 use super::kernels::MatVec;
@@ -17,19 +18,6 @@ use crate::timing::Stage;
 
 /// Dispatches that are handed over together, at least.
 const TOGETHER: usize = 256;
-
-/// A kernel over all layers that have it.
-#[derive(Clone, Copy, PartialEq, Debug)]
-pub struct KernelRate {
-    /// What it computes.
-    pub name: &'static str,
-    /// Dispatches of a token.
-    pub dispatches: usize,
-    /// Bytes of weights, states and caches that they touch together.
-    pub bytes: u64,
-    /// Seconds that they take together.
-    pub seconds: f64,
-}
 
 /// Writes a kernel's dispatches for a layer, none if it has none of them; gives their number and bytes.
 type Write<'a> = &'a dyn Fn(&mut Work, &Layer, &LayerMemory) -> Option<(usize, u64)>;

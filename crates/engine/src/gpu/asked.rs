@@ -211,6 +211,19 @@ pub struct DeviceLimits {
     pub round_trip: f64,
 }
 
+/// A kernel over all layers that have it.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct KernelRate {
+    /// What it computes.
+    pub name: &'static str,
+    /// Dispatches of a token.
+    pub dispatches: usize,
+    /// Bytes of weights, states and caches that they touch together.
+    pub bytes: u64,
+    /// Seconds that they take together.
+    pub seconds: f64,
+}
+
 /// What was done to feed the device, since it was opened.
 #[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
 pub struct GpuCounters {

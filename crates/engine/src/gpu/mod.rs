@@ -31,10 +31,9 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use wgpu::{BindGroup, Buffer};
 
 pub use adapters::{Adapter, AdapterKind, adapters, auto, pick};
-pub use alone::KernelRate;
 pub use asked::{
-    ChunkInput, DeviceLimits, GpuCounters, GpuOptions, Host, Logits, MissPlan, MissRates, Misses,
-    NO_ADAPTER, SHARES, Token, VideoBudget, Watch, uploads_bytes,
+    ChunkInput, DeviceLimits, GpuCounters, GpuOptions, Host, KernelRate, Logits, MissPlan,
+    MissRates, Misses, NO_ADAPTER, SHARES, Token, VideoBudget, Watch, uploads_bytes,
 };
 pub use limits::limits;
 pub use plan::stored as plan;

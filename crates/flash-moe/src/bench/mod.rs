@@ -52,8 +52,6 @@ pub fn run(args: &BenchArgs) -> Result<()> {
     }
 }
 
-/// Position at which a GPU's kernels are timed by themselves.
-const KERNELS_AT: usize = 512;
 /// What the clock of a GPU costs.
 const TIMED: &str = "stages are timed by the device, each in a pass of its own, which takes time \
                      itself, up to half of a fast decode; `run --json` has the speed without";
@@ -109,14 +107,7 @@ fn measure(args: &BenchArgs) -> Result<Report> {
         time: effort.beside,
     };
     let runs = Walk::new(&engine, &prompt, beside, quiet).run(&course)?;
-    let kernels = match (engine.gpu(), limits.gpu) {
-        (Some(gpu), Some(device)) => {
-            let rates = gpu.kernels_alone(KERNELS_AT.min(course.context - 1), effort.beside)?;
-            let read = device.read_bytes_per_second;
-            rates.iter().map(|rate| KernelReport::new(rate, read)).collect()
-        }
-        _ => Vec::new(),
-    };
+    let kernels = kernels_alone(&engine, &limits, &course, effort)?;
     Ok(Report {
         machine: machine_of(&options),
         model: model_of(&engine, &work, args.seed, open_seconds),
@@ -126,6 +117,20 @@ fn measure(args: &BenchArgs) -> Result<Report> {
         kernels,
         notes,
     })
+}
+
+/// Every kernel of a decoded token by itself, where the course ends; none where a GPU does not hold all experts.
+fn kernels_alone(
+    engine: &Engine,
+    limits: &Limits,
+    course: &Course,
+    effort: Effort,
+) -> Result<Vec<KernelReport>> {
+    let (Some(gpu), Some(device)) = (engine.gpu(), limits.gpu) else { return Ok(Vec::new()) };
+    let position = course.frontiers.last().copied().unwrap_or(course.context - 1);
+    let rates = gpu.kernels_alone(position, effort.beside)?;
+    let report = |rate| KernelReport::new(rate, position, device.read_bytes_per_second);
+    Ok(rates.iter().map(report).collect())
 }
 
 /// The machine as the system describes it.

@@ -40,6 +40,8 @@ pub struct Report {
 pub struct KernelReport {
     /// What it computes.
     pub kernel: &'static str,
+    /// The token's position.
+    pub position: usize,
     /// Dispatches of a token.
     pub dispatches: usize,
     /// Bytes that they touch together.
@@ -52,9 +54,10 @@ pub struct KernelReport {
 
 impl KernelReport {
     /// Of what was measured on a device that reads so fast.
-    pub fn new(rate: &KernelRate, bytes_per_second: f64) -> Self {
+    pub fn new(rate: &KernelRate, position: usize, bytes_per_second: f64) -> Self {
         Self {
             kernel: rate.name,
+            position,
             dispatches: rate.dispatches,
             bytes: rate.bytes,
             seconds: rate.seconds,

@@ -44,8 +44,9 @@ pub fn render(report: &Report) -> String {
 fn kernels(kernels: &[KernelReport]) -> String {
     let seconds: f64 = kernels.iter().map(|k| k.seconds).sum();
     let mut out = format!(
-        "\nkernels of a token by themselves, {:.2} ms in all, without the device's clock\n\
+        "\nkernels of a token at {} by themselves, {:.2} ms in all, without the device's clock\n\
          {:<16}{:>11}{:>10}{:>8}{:>10}{:>12}{:>9}{:>10}\n",
+        kernels[0].position,
         seconds * 1e3,
         "kernel",
         "dispatches",
