@@ -15,6 +15,7 @@ use std::task::{Context, Poll, Waker};
 use wgpu::util::DeviceExt;
 use wgpu::{BindGroup, BindGroupLayout, Buffer, BufferUsages, ComputePipeline, SubmissionIndex};
 
+use super::slots::BUFFERS_MAX;
 use crate::budget::gib;
 use crate::error::{Error, Result};
 
@@ -61,9 +62,10 @@ impl Device {
     /// Opens an adapter with all that it offers.
     ///
     /// # Errors
-    /// The driver refuses.
+    /// It gives a kernel too few buffers; the driver refuses.
     pub fn open(adapter: &wgpu::Adapter) -> Result<Self> {
         let info = adapter.get_info();
+        enough_buffers(&info.name, adapter.limits().max_storage_buffers_per_shader_stage)?;
         let has_subgroups = adapter.features().contains(wgpu::Features::SUBGROUP);
         let subgroups = has_subgroups && info.subgroup_min_size >= TEAM;
         let tensor = tensor(adapter);
@@ -484,6 +486,16 @@ pub fn tensor(adapter: &wgpu::Adapter) -> Option<Tensor> {
     [16, 8].into_iter().find(|side| can && fits(*side)).map(|side| Tensor { side })
 }
 
+/// Whether kernels get as many buffers as the largest of them has.
+fn enough_buffers(name: &str, most: u32) -> Result<()> {
+    match most >= BUFFERS_MAX {
+        true => Ok(()),
+        false => Err(Error::Gpu(format!(
+            "{name} gives a kernel {most} buffers, {BUFFERS_MAX} are needed; use --device cpu"
+        ))),
+    }
+}
+
 fn in_words(error: &wgpu::Error) -> String {
     match error {
         wgpu::Error::OutOfMemory { .. } => {
@@ -524,5 +536,18 @@ pub fn own_memory(adapter: &wgpu::Adapter) -> Option<u64> {
     {
         let _unknown = adapter;
         None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_adapter_with_too_few_buffers_is_refused_by_name() {
+        assert!(enough_buffers("a GPU", BUFFERS_MAX).is_ok());
+        let error = enough_buffers("a small GPU", 8).unwrap_err().to_string();
+        assert!(error.contains("a small GPU gives a kernel 8 buffers, 12"), "{error}");
+        assert!(error.contains("--device cpu"), "{error}");
     }
 }

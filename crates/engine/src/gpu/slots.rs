@@ -20,6 +20,9 @@ use crate::store::slots::{Key, Purpose, SlotId, SlotState, Slots};
 
 /// Buffers of a layer's slots at most.
 pub const SLABS_MAX: usize = 4;
+/// Buffers that a kernel is given at most: the scratch, a table, slabs and one more buffer, the latter two
+/// as vectors and as words.
+pub const BUFFERS_MAX: u32 = 4 + 2 * SLABS_MAX as u32;
 /// No slot, and no expert.
 const NOWHERE: u32 = u32::MAX;
 
