@@ -425,6 +425,40 @@ fn a_checkpoint_goes_on_bit_for_bit_and_crosses_to_the_cpu() {
 }
 
 #[test]
+fn kernels_by_themselves_touch_no_session() {
+    for adapter in all_adapters() {
+        let engine = open(&options(on(adapter)));
+        let gpu = engine.gpu().expect("a GPU");
+        let mut session = Session::new(&engine);
+        prefill(&mut session, 0..PROMPT);
+        let kernels = gpu.kernels_alone(PROMPT, Duration::ZERO).unwrap_or_else(|e| panic!("{e}"));
+        session.step(token(PROMPT)).unwrap_or_else(|e| panic!("{e}"));
+        let untouched = logits(&open(&options(on(adapter))), 1);
+        let own = session.logits();
+        assert!(*own == untouched[untouched.len() - own.len()..], "other bits");
+        let dispatches: Vec<_> = kernels.iter().map(|k| (k.name, k.dispatches)).collect();
+        let expected = [
+            ("attention in", 3),
+            ("turn", 3),
+            ("attend", 3),
+            ("combine", 3),
+            ("attention out", 3),
+            ("delta in", 9),
+            ("delta rule", 9),
+            ("delta out", 9),
+            ("route", 12),
+            ("experts up", 12),
+            ("experts down", 12),
+            ("logits", 1),
+        ];
+        assert_eq!(dispatches, expected);
+        assert!(kernels.iter().all(|k| k.seconds > 0.0));
+        let weightless = |name| ["turn", "combine"].contains(&name);
+        assert!(kernels.iter().all(|k| (k.bytes > 0) != weightless(k.name)), "{kernels:?}");
+    }
+}
+
+#[test]
 fn what_the_device_cannot_do_is_refused_with_what_can() {
     let refusal = |options: &Options| {
         let container = Container::open(&tiny()).expect("the built-in model");

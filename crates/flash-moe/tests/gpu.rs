@@ -185,6 +185,10 @@ fn a_plan_for_a_gpu_adds_up_and_a_bench_holds_its_stages_against_it() {
     for note in ["runs are warm", "timed by the device"] {
         assert!(resident["notes"].to_string().contains(note), "{}", resident["notes"]);
     }
+    assert!(found["kernels"].as_array().is_some_and(Vec::is_empty), "{}", found["kernels"]);
+    let kernels = resident["kernels"].as_array().expect("kernels");
+    assert_eq!(kernels.last().map(|k| &k["kernel"]), Some(&"logits".into()));
+    assert!(kernels.iter().all(|k| k["position"] == 48 && number(&k["seconds"]) > 0.0));
     let mut runs = resident["runs"].as_array().expect("runs").iter();
     assert!(runs.all(|run| run["pool"] == "warm" && run["fed"]["uploads"] == 0));
 }

@@ -1,7 +1,8 @@
 //! Every kernel of a decoded token by itself, over all layers that have it, again and again.
 //!
 //! What the stages of `--timing` cannot say: where in a stage the time goes, without the device's clock in
-//! the way. Only where all experts have a slot, on a memory of its own; no answer of a model is touched.
+//! the way. Only where all experts have a slot, on a memory of its own; no answer of a model is touched. A
+//! time is refused where what was computed is no number, or a token's experts were not as many as it has.
 
 use std::time::{Duration, Instant};
 
@@ -11,13 +12,12 @@ use super::asked::KernelRate;
 use super::clock::{Commands, Work};
 use super::dense::{Part, bytes_of};
 use super::kernels::MatVec;
+use super::limits::LONG;
 use super::timeline::LayerMemory;
 use super::{Experts, Feeding, Gpu, Layer, Mixing, Token};
-use crate::error::Result;
+use crate::compute::all_finite;
+use crate::error::{Error, Result};
 use crate::timing::Stage;
-
-/// Dispatches that are handed over together, at least.
-const TOGETHER: usize = 256;
 
 /// Writes a kernel's dispatches for a layer, none if it has none of them; gives their number and bytes.
 type Write<'a> = &'a dyn Fn(&mut Work, &Layer, &LayerMemory) -> Option<(usize, u64)>;
@@ -27,7 +27,7 @@ impl Gpu {
     /// missing.
     ///
     /// # Errors
-    /// The device failed, or has no memory left for a context.
+    /// The device failed, or has no memory left for a context; what was computed is no token's.
     pub fn kernels_alone(&self, position: usize, time: Duration) -> Result<Vec<KernelRate>> {
         if !self.budget.resident {
             return Ok(Vec::new());
@@ -37,20 +37,27 @@ impl Gpu {
         let h: Vec<f32> = (0..self.shape.hidden).map(|i| (i % 7) as f32 - 3.0).collect();
         let turned = vec![0.5; self.shape.attention.rotary_dims / 2];
         let token = Token { h: &h, cos: &turned, sin: &turned, position };
-        Commands::submit(&self.device, [self.begin(&token)?]);
         let mut rates = Vec::new();
         let mut add = |name, write: Write| -> Result<()> {
+            // What the kernel before has added up is forgotten.
+            Commands::submit(&self.device, [self.begin(&token)?]);
             let rate = self.alone(name, time, &|work| {
                 let layers = self.layers.iter().zip(&timeline.layers);
                 let written = layers.filter_map(|(layer, memory)| write(work, layer, memory));
                 written.fold((0, 0), |all, one| (all.0 + one.0, all.1 + one.1))
             })?;
             rates.extend(rate);
-            Ok(())
+            match all_finite(&self.look("H_AT", self.shape.hidden)?) {
+                true => Ok(()),
+                false => Err(Error::Gpu(format!("kernel {name} by itself gave what is no number"))),
+            }
         };
         self.attention_alone(position, &mut add)?;
         self.delta_alone(&mut add)?;
-        self.experts_alone(&mut add)?;
+        if !self.kernels.experts.is_empty() {
+            self.experts_alone(&mut add)?;
+        }
+        self.dense_alone(&mut add)?;
         let head = |work: &mut Work| self.product(work, &self.kernels.project, &self.head);
         rates.extend(self.alone("logits", time, &head)?);
         Ok(rates)
@@ -107,6 +114,7 @@ impl Gpu {
             self.up(work, experts, self.top_k);
             Some((1, self.bytes_of_experts(experts)[0] * 2 / 3))
         })?;
+        self.check_choice()?;
         add("experts down", &|work, layer, _| {
             let experts = experts_of(layer)?;
             self.down(work, experts);
@@ -115,42 +123,63 @@ impl Gpu {
         })
     }
 
+    fn dense_alone(&self, add: &mut dyn FnMut(&'static str, Write) -> Result<()>) -> Result<()> {
+        let Some(kernel) = &self.kernels.dense_down else { return Ok(()) };
+        add("dense up", &|work, layer, _| {
+            Some(self.product(work, &self.kernels.project, dense_of(layer)?.0))
+        })?;
+        add("dense down", &|work, layer, _| Some(self.product(work, kernel, dense_of(layer)?.1)))
+    }
+
+    /// As many experts as a token has, all of them different: fewer would be read from a cache.
+    fn check_choice(&self) -> Result<()> {
+        let words = self.look("CHOSEN_AT", self.top_k)?;
+        let mut chosen: Vec<u32> = words.iter().map(|id| id.to_bits()).collect();
+        chosen.sort_unstable();
+        chosen.dedup();
+        let experts = self.shape.moe.experts as u32;
+        match chosen.len() == self.top_k && chosen.iter().all(|id| *id < experts) {
+            true => Ok(()),
+            false => Err(Error::Gpu(format!("the router by itself chose {chosen:?}"))),
+        }
+    }
+
     fn product(&self, work: &mut Work, kernel: &MatVec, parts: &[Part]) -> (usize, u64) {
         self.mat_vec(pass_of(work), kernel, parts);
         (parts.len(), bytes_of(parts))
     }
 
-    /// Seconds of what `write` writes, once through: the median of submissions that are far longer than the
-    /// way to the device.
+    /// Seconds of what `write` writes, once through: the median of submissions, each of as many times as make
+    /// it long.
     fn alone(
         &self,
         name: &'static str,
         time: Duration,
         write: &dyn Fn(&mut Work) -> (usize, u64),
     ) -> Result<Option<KernelRate>> {
-        let mut seconds = Vec::new();
-        let (mut dispatches, mut bytes) = (0, 0);
+        let (mut times, mut seconds) = (1u32, Vec::new());
         let begun = Instant::now();
-        while seconds.len() < 3 || begun.elapsed() < time {
+        loop {
             let mut work = Work::new(&self.device, None, &self.scratch_group);
-            let (mut all, mut times) = (0, 0u32);
-            while all < TOGETHER {
-                (dispatches, bytes) = write(&mut work);
-                all += dispatches;
-                times += 1;
-                if dispatches == 0 {
-                    return Ok(None);
-                }
-            }
+            let written = (0..times).map(|_| write(&mut work)).last();
+            let Some((dispatches @ 1.., bytes)) = written else { return Ok(None) };
             let commands = work.finish();
             let started = Instant::now();
             let submission = Commands::submit(&self.device, [commands]);
             self.device.wait_for(Some(submission))?;
-            seconds.push(started.elapsed().as_secs_f64() / f64::from(times));
+            let taken = started.elapsed();
+            if taken < LONG {
+                times *= 2;
+                seconds.clear();
+                continue;
+            }
+            seconds.push(taken.as_secs_f64() / f64::from(times));
+            if seconds.len() >= 3 && begun.elapsed() >= time {
+                seconds.sort_by(f64::total_cmp);
+                let seconds = seconds[seconds.len() / 2];
+                return Ok(Some(KernelRate { name, dispatches, bytes, seconds }));
+            }
         }
-        seconds.sort_by(f64::total_cmp);
-        let seconds = seconds[seconds.len() / 2];
-        Ok(Some(KernelRate { name, dispatches, bytes, seconds }))
     }
 }
 
@@ -175,6 +204,13 @@ fn experts_of(layer: &Layer) -> Option<&Experts> {
     match &layer.feed_forward {
         Feeding::Experts(experts) => Some(experts),
         Feeding::Dense { .. } => None,
+    }
+}
+
+fn dense_of(layer: &Layer) -> Option<(&[Part], &[Part])> {
+    match &layer.feed_forward {
+        Feeding::Dense { up, down } => Some((up, down)),
+        Feeding::Experts(_) => None,
     }
 }
 

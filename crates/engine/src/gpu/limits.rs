@@ -27,7 +27,7 @@ const PIECE_BYTES: usize = 2 << 20;
 /// Uploads that are handed over together, of which two lots are under way; no more than is read.
 const TOGETHER: usize = 8;
 /// A submission that takes so long is long against the way to the device and back.
-const LONG: Duration = Duration::from_millis(10);
+pub const LONG: Duration = Duration::from_millis(10);
 /// Round trips of which the quickest counts.
 const TRIPS: usize = 50;
 

@@ -482,7 +482,7 @@ impl Gpu {
     }
 
     /// A part of the scratch.
-    fn look(&self, name: &str, words: usize) -> Result<Vec<f32>> {
+    pub(super) fn look(&self, name: &str, words: usize) -> Result<Vec<f32>> {
         let (from, bytes) = (self.layout.at(name) as u64 * 4, words as u64 * 4);
         let mut work = self.work();
         work.encoder().copy_buffer_to_buffer(&self.scratch, from, &self.landing, 0, bytes);
