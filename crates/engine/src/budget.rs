@@ -10,7 +10,7 @@ use std::fmt;
 use crate::container::Container;
 use crate::engine::Options;
 use crate::error::{Error, Result};
-use crate::gpu::uploads_bytes;
+use crate::gpu::{self, GpuOptions, uploads_bytes};
 use crate::kv_cache::KvShape;
 use crate::machine;
 use crate::memory::Block;
@@ -20,6 +20,8 @@ use crate::weights::Weights;
 
 /// The program itself, its threads' stacks and small allocations.
 const PROGRAM_BYTES: u64 = 48 << 20;
+/// What a GPU has when the model is open.
+const MOVES: [&str; 3] = ["dense weights", "KV cache", "delta-net states"];
 /// Context when none is asked for, in tokens.
 const CONTEXT_DEFAULT: usize = 8192;
 
@@ -30,6 +32,8 @@ pub struct Demand<'a> {
     pub shape: &'a Shape,
     /// Dense weights as stored.
     pub dense_bytes: u64,
+    /// The embedding among them, which stays where the processor reads it.
+    pub embedding_bytes: u64,
     /// The largest record in whole pages; 0 without experts.
     pub slot_bytes: u64,
 }
@@ -41,6 +45,7 @@ impl<'a> Demand<'a> {
         Self {
             shape: container.shape(),
             dense_bytes: Weights::stored_bytes(container),
+            embedding_bytes: Weights::embedding_bytes(container),
             slot_bytes: widest.unwrap_or(0) as u64,
         }
     }
@@ -175,6 +180,34 @@ impl fmt::Display for Budget {
     }
 }
 
+/// The options with a limit for each memory, where a GPU that has no memory of its own is to compute and no
+/// size was given for what it takes: the processor keeps what it needs at least, one token's experts in the
+/// pool, and the rest holds experts where the GPU reads them. `--memory` is then the limit of both.
+///
+/// # Errors
+/// As [`Budget::sized`]; no such GPU.
+pub fn shared(demand: &Demand, options: &Options) -> Result<Options> {
+    let Some(wanted) = options.gpu.as_ref().filter(|gpu| gpu.memory_bytes.is_none()) else {
+        return Ok(options.clone());
+    };
+    let Some(most) = gpu::shared_memory(wanted)? else { return Ok(options.clone()) };
+    let [memory, video] = shares(&Budget::sized(demand, options)?, demand.embedding_bytes, most);
+    let gpu = GpuOptions { memory_bytes: Some(video), ..wanted.clone() };
+    Ok(Options { memory_bytes: Some(memory), gpu: Some(gpu), ..options.clone() })
+}
+
+/// Of one memory the processor's limit and the GPU's, which has `most` at most.
+fn shares(budget: &Budget, embedding_bytes: u64, most: u64) -> [u64; 2] {
+    // Planned for the processor as well, since it has these until the GPU has them.
+    let moves = budget.fixed.iter().filter(|line| MOVES.contains(&line.name));
+    let moved = moves.map(|line| line.bytes).sum::<u64>().saturating_sub(embedding_bytes);
+    let rest = budget.limit.saturating_sub(budget.smallest() - moved);
+    match rest.min(most) {
+        0 => [budget.limit, 0], // one of both refuses
+        video => [budget.limit - video + moved, video],
+    }
+}
+
 /// Bytes in the largest binary unit that leaves at least one before the point.
 pub fn gib(bytes: u64) -> String {
     let units = [(1u64 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")];
@@ -228,9 +261,9 @@ fn fixed_lines(demand: &Demand, options: &Options, context: usize) -> Vec<Line> 
     let sessions = options.sessions.max(1) as u64;
     let together = if sessions > 1 { Together::bytes(shape, options) } else { 0 };
     let mut lines = vec![
-        Line { name: "dense weights", bytes: demand.dense_bytes },
-        Line { name: "KV cache", bytes: sessions * kv_bytes(shape, options, context) },
-        Line { name: "delta-net states", bytes: sessions * delta_bytes(shape) },
+        Line { name: MOVES[0], bytes: demand.dense_bytes },
+        Line { name: MOVES[1], bytes: sessions * kv_bytes(shape, options, context) },
+        Line { name: MOVES[2], bytes: sessions * delta_bytes(shape) },
         Line { name: "scratch and logits", bytes: sessions * scratch + together },
         Line { name: "tokenizer and program", bytes: PROGRAM_BYTES + options.other_bytes },
     ];
@@ -256,4 +289,32 @@ fn delta_bytes(shape: &Shape) -> u64 {
         let floats = d.value_heads * d.key_dim * d.value_dim + d.conv_taps * d.conv_channels();
         (shape.count(Mix::DeltaNet) * floats * size_of::<f32>()) as u64
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_memory_is_shared_out_once() {
+        let line = |name, bytes| Line { name, bytes };
+        let fixed =
+            vec![line(MOVES[0], 100), line(MOVES[1], 20), line(MOVES[2], 5), line("rest", 9)];
+        let budget = Budget {
+            limit: 1000,
+            context: 1,
+            sessions: 1,
+            fixed,
+            slot_bytes: 10,
+            slots: 80,
+            slots_floor: 4,
+            records: 200,
+        };
+        assert_eq!(budget.smallest(), 174);
+        // 30 of 100 stay, so 95 of 174 move, and 79 are the processor's.
+        assert_eq!(shares(&budget, 30, u64::MAX), [174, 921]);
+        // What the device cannot have is pool.
+        assert_eq!(shares(&budget, 30, 500), [595, 500]);
+        assert_eq!(shares(&Budget { limit: 60, ..budget }, 30, 500), [60, 0]);
+    }
 }

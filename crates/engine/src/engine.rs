@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use flash_moe_kernels::Isa;
 
-use crate::budget::{Budget, Demand};
+use crate::budget::{self, Budget, Demand};
 use crate::compute::{Arithmetic, Compute, Kin};
 use crate::container::{Container, RecordLayout};
 use crate::error::{Error, Result};
@@ -107,6 +107,7 @@ impl Engine {
     /// Options out of range, a plan above the limit, a damaged container.
     pub fn open(container: Container, options: &Options) -> Result<Self> {
         check(container.shape(), options)?;
+        let options = &budget::shared(&Demand::of(&container), options)?;
         let budget = Budget::plan(&container, options)?;
         let mut weights = Weights::load(&container)?;
         let open = |wanted| Gpu::open(&container, &mut weights, options, wanted);

@@ -58,6 +58,14 @@ pub fn plan(
 ///
 /// # Errors
 /// Always.
+pub fn shared_memory(_: &GpuOptions) -> Result<Option<u64>> {
+    Err(Error::Gpu(NOT_BUILT.into()))
+}
+
+/// Refuses.
+///
+/// # Errors
+/// Always.
 pub fn limits(_: &GpuOptions, _: &Pool, _: Duration) -> Result<DeviceLimits> {
     Err(Error::Gpu(NOT_BUILT.into()))
 }

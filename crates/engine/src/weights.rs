@@ -168,6 +168,13 @@ impl Weights {
         self.head.as_ref().unwrap_or(&self.embed)
     }
 
+    /// Bytes of the embedding as it is stored.
+    pub fn embedding_bytes(container: &Container) -> u64 {
+        let tensors = container.dense_tensors().into_iter();
+        let embedding = tensors.filter(|(name, _)| name.starts_with("model.embed_tokens."));
+        embedding.map(|(_, info)| (info.data_offsets.1 - info.data_offsets.0) as u64).sum()
+    }
+
     /// Bytes that [`Weights::load`] will take: the stored sizes of the trunk's tensors.
     pub fn stored_bytes(container: &Container) -> u64 {
         let trunk = container.dense_tensors().into_iter().filter(|(n, _)| !n.starts_with("mtp."));

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use flash_moe_engine::Arithmetic;
 use flash_moe_engine::container::Container;
 use flash_moe_engine::engine::{Engine, Options};
-use flash_moe_engine::gpu::{GpuOptions, Misses, adapters};
+use flash_moe_engine::gpu::{AdapterKind, GpuOptions, Misses, adapters};
 use flash_moe_engine::kv_cache::KvFormat;
 use flash_moe_engine::session::Session;
 use flash_moe_engine::shape::{ExpertId, LayerId, TokenId};
@@ -227,6 +227,11 @@ fn with_slots(whole: &Engine, slots: usize) -> Options {
     options
 }
 
+/// The same with records that take memory for uploads on their way, or not where they need not.
+fn by_way(options: Options, staged: bool) -> Options {
+    Options { gpu: options.gpu.map(|gpu| GpuOptions { staged, ..gpu }), ..options }
+}
+
 #[test]
 fn experts_that_stream_give_the_bits_of_experts_that_stay() {
     for adapter in all_adapters() {
@@ -234,11 +239,17 @@ fn experts_that_stream_give_the_bits_of_experts_that_stay() {
         assert!(whole.gpu().expect("a GPU").budget().resident);
         let expected = logits(&whole, 20);
         let (top_k, experts) = (whole.top_k(), whole.shape().moe.experts);
+        let directly = adapters()[adapter].features.contains(&"direct uploads");
         for slots in [top_k, top_k + 1, experts / 2, experts - 1] {
-            let streamed = open(&with_slots(&whole, slots));
-            assert_eq!(streamed.gpu().expect("a GPU").budget().slots_each, slots);
-            assert!(logits(&streamed, 20) == expected, "other bits with {slots} slots");
-            assert!(streamed.gpu().expect("a GPU").counters().uploads > experts as u64);
+            for staged in [true, false] {
+                let streamed = open(&by_way(with_slots(&whole, slots), staged));
+                let gpu = streamed.gpu().expect("a GPU");
+                assert_eq!(gpu.budget().slots_each, slots);
+                assert_eq!(gpu.budget().direct, directly && !staged);
+                let own = logits(&streamed, 20);
+                assert!(own == expected, "other bits with {slots} slots, staged: {staged}");
+                assert!(gpu.counters().uploads > experts as u64);
+            }
         }
     }
 }
@@ -249,8 +260,8 @@ fn the_processor_computes_what_video_memory_misses() {
         let whole = open(&options(on(adapter)));
         let expected = logits(&whole, 20);
         let (top_k, experts) = (whole.top_k(), whole.shape().moe.experts);
-        for slots in [top_k, experts / 2] {
-            let engine = open(&with_misses(&whole, slots, Misses::Cpu));
+        for (slots, staged) in [(top_k, true), (top_k, false), (experts / 2, false)] {
+            let engine = open(&by_way(with_misses(&whole, slots, Misses::Cpu), staged));
             let gpu = engine.gpu().expect("a GPU");
             let own = logits(&engine, 20);
             let apart = worst(&own, &expected);
@@ -288,17 +299,20 @@ fn who_computes_what_is_missing_is_measured_once() {
     for adapter in all_adapters() {
         let whole = open(&options(on(adapter)));
         let expected = logits(&whole, 6);
-        let engine = open(&with_misses(&whole, whole.top_k(), Misses::Auto));
-        let gpu = engine.gpu().expect("a GPU");
-        let plan = gpu.misses();
-        let rates = plan.rates.expect("measured");
-        assert!(
-            [rates.stage, rates.upload, rates.compute].iter().all(|r| *r > 0.0 && r.is_finite())
-        );
-        assert_eq!(plan.computed_eighths, rates.computed_eighths());
-        assert!(worst(&logits(&engine, 6), &expected) <= BOUND);
-        assert_eq!(gpu.misses(), plan);
-        assert_eq!(gpu.counters().computed > 0, plan.computed_eighths > 0);
+        for staged in [true, false] {
+            let auto = with_misses(&whole, whole.top_k(), Misses::Auto);
+            let engine = open(&by_way(auto, staged));
+            let gpu = engine.gpu().expect("a GPU");
+            let plan = gpu.misses();
+            let rates = plan.rates.expect("measured");
+            assert_eq!(rates.upload.is_none(), gpu.budget().direct);
+            let all = [Some(rates.stage), rates.upload, Some(rates.compute)];
+            assert!(all.iter().flatten().all(|r| *r > 0.0 && r.is_finite()));
+            assert_eq!(plan.computed_eighths, rates.computed_eighths());
+            assert!(worst(&logits(&engine, 6), &expected) <= BOUND);
+            assert_eq!(gpu.misses(), plan);
+            assert_eq!(gpu.counters().computed > 0, plan.computed_eighths > 0);
+        }
     }
 }
 
@@ -455,6 +469,29 @@ fn kernels_by_themselves_touch_no_session() {
         assert!(kernels.iter().all(|k| k.seconds > 0.0));
         let weightless = |name| ["turn", "combine"].contains(&name);
         assert!(kernels.iter().all(|k| (k.bytes > 0) != weightless(k.name)), "{kernels:?}");
+    }
+}
+
+#[test]
+fn memory_that_both_have_is_shared_out_once() {
+    for adapter in all_adapters() {
+        if adapters()[adapter].kind == AdapterKind::Discrete {
+            println!("SKIP: adapter {adapter} has memory of its own");
+            continue;
+        }
+        let limit = 512 << 20;
+        let gpu = on(adapter).map(|gpu| GpuOptions { memory_bytes: None, ..gpu });
+        let engine = open(&Options { memory_bytes: Some(limit), ..options(gpu) });
+        let (budget, video) = (engine.budget(), engine.gpu().expect("a GPU").budget());
+        let moved = ["dense weights", "KV cache", "delta-net states"];
+        let stays = budget.fixed.iter().filter(|line| !moved.contains(&line.name));
+        let stays = stays.map(|line| line.bytes).sum::<u64>();
+        let pool = budget.slots as u64 * budget.slot_bytes;
+        assert_eq!(budget.slots, budget.slots_floor);
+        let both = stays + pool + video.limit;
+        assert!(both <= limit && both > limit - limit / 20, "{both} of {limit}");
+        let apart = open(&options(on(adapter)));
+        assert!(logits(&engine, 6) == logits(&apart, 6));
     }
 }
 

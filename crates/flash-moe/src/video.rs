@@ -17,6 +17,8 @@ pub struct Video {
     pub slot_bytes: u64,
     /// Experts of each layer that have a slot.
     pub slots: usize,
+    /// Whether records are written there without memory for uploads in between.
+    pub direct: bool,
     /// What is done about the others.
     pub misses: Misses,
     /// The whole run.
@@ -66,7 +68,7 @@ impl From<MissPlan> for Misses {
             asked: plan.misses.name(),
             computed_eighths: plan.computed_eighths,
             stage_bytes_per_second: plan.rates.map(|rates| rates.stage),
-            upload_bytes_per_second: plan.rates.map(|rates| rates.upload),
+            upload_bytes_per_second: plan.rates.and_then(|rates| rates.upload),
             compute_bytes_per_second: plan.rates.map(|rates| rates.compute),
         }
     }
@@ -94,6 +96,7 @@ impl Video {
             fixed_bytes: plan.fixed_bytes(),
             slot_bytes: plan.slot_bytes,
             slots: plan.slots_each,
+            direct: plan.direct,
             misses: gpu.misses().into(),
             total: end.into(),
             prefill: prefill.into(),
@@ -157,6 +160,7 @@ mod tests {
             fixed_bytes: 1,
             slot_bytes: 1,
             slots: 1,
+            direct: false,
             misses: misses.into(),
             total: end.into(),
             prefill: prefill.into(),

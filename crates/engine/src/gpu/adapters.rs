@@ -1,13 +1,14 @@
 //! The adapters of this machine, and which of them `auto` takes.
 //!
-//! `auto` takes a discrete GPU that Vulkan shows, whose memory holds the whole model: with experts that
-//! stream it was no quicker than the CPU (docs/measurements.md, 33). Other real GPUs run when they are asked for; a software adapter, which
-//! computes on the CPU what the CPU's own kernels compute faster, runs for `gpu:N` alone.
+//! `auto` takes a discrete GPU that Vulkan shows, whose memory holds all of the model but experts and at least
+//! a third of those. Other real GPUs run when they are asked for; a software adapter, which computes on the
+//! CPU what the CPU's own kernels compute faster, runs for `gpu:N` alone.
 
 use std::fmt;
 use std::path::Path;
 
 use super::device::{at_once, own_memory, tensor};
+use super::window;
 use super::{GpuOptions, NO_ADAPTER};
 use crate::budget::gib;
 use crate::container::Container;
@@ -27,6 +28,8 @@ pub struct Adapter {
     pub memory_bytes: Option<u64>,
     /// Largest buffer that a kernel can be given, in bytes.
     pub binding_bytes: u64,
+    /// Whether this program sees all of that memory.
+    pub has_windows: bool,
     /// What of the optional features the kernels use it has.
     pub features: Vec<&'static str>,
 }
@@ -87,6 +90,7 @@ fn describe(adapter: wgpu::Adapter) -> Adapter {
     ];
     let has = adapter.features();
     let limits = adapter.limits();
+    let has_windows = window::is_seen(&adapter);
     Adapter {
         kind: match info.device_type {
             wgpu::DeviceType::DiscreteGpu => AdapterKind::Discrete,
@@ -96,12 +100,14 @@ fn describe(adapter: wgpu::Adapter) -> Adapter {
         },
         name: info.name,
         backend: format!("{:?}", info.backend),
-        memory_bytes: own_memory(&adapter),
+        memory_bytes: own_memory(&adapter).map(|memory| memory.bytes),
         binding_bytes: limits.max_buffer_size.min(limits.max_storage_buffer_binding_size),
+        has_windows,
         features: (features.iter())
             .filter(|(f, _)| has.contains(*f))
             .map(|(_, name)| *name)
             .chain(tensor(&adapter).map(|_| "tensor products"))
+            .chain(has_windows.then_some("direct uploads"))
             .collect(),
         adapter,
     }
@@ -133,6 +139,17 @@ pub fn pick(number: Option<usize>) -> Result<(usize, Adapter)> {
     })
 }
 
+/// Bytes that the GPU that was asked for can have of the processor's memory, if that is what it has.
+///
+/// # Errors
+/// There is no such GPU.
+pub fn shared_memory(wanted: &GpuOptions) -> Result<Option<u64>> {
+    let (_, adapter) = pick(wanted.adapter)?;
+    let is_shared = matches!(adapter.kind, AdapterKind::Integrated | AdapterKind::Software);
+    let most = adapter.memory_bytes.map_or(u64::MAX, |bytes| bytes - bytes / 10);
+    Ok(is_shared.then_some(most))
+}
+
 /// The GPU that `auto` takes for a container, or why it takes none, in words.
 ///
 /// # Errors
@@ -153,18 +170,26 @@ pub fn auto(
     let Some((number, adapter)) = found else {
         return Err("there is no discrete GPU on Vulkan; `flash-moe devices` lists others".into());
     };
-    let needed = super::plan::whole_bytes(container, options);
     let memory = wanted.memory_bytes.or(adapter.memory_bytes.map(|bytes| bytes - bytes / 10));
-    match memory {
-        Some(bytes) if bytes >= needed => Ok(GpuOptions { adapter: Some(number), ..wanted }),
-        Some(bytes) => Err(format!(
-            "{} has {} for it, the whole model needs {}",
+    let Some(memory) = memory else {
+        return Err(format!("{} does not say how much memory it has", adapter.name));
+    };
+    let [whole, experts] = super::plan::whole_bytes(container, options);
+    match holds_enough(memory, whole, experts) {
+        true => Ok(GpuOptions { adapter: Some(number), ..wanted }),
+        false => Err(format!(
+            "{} has {} for it, the model without experts and a third of those need {}",
             adapter.name,
-            gib(bytes),
-            gib(needed)
+            gib(memory),
+            gib(whole - experts + experts.div_ceil(3))
         )),
-        None => Err(format!("{} does not say how much memory it has", adapter.name)),
     }
+}
+
+/// Whether a GPU's memory holds a third of the experts beside everything else: with fewer than were tried
+/// (docs/measurements.md, 36) it may be slower than the processor by itself.
+fn holds_enough(memory: u64, whole: u64, experts: u64) -> bool {
+    memory >= whole - experts + experts.div_ceil(3)
 }
 
 /// Whether there can be a GPU at all. Loading the drivers to find out takes a tenth of a second, which
@@ -172,4 +197,16 @@ pub fn auto(
 fn may_have_one() -> bool {
     let nodes = ["/dev/dri", "/dev/nvidiactl", "/dev/dxg", "/dev/kfd"];
     !cfg!(target_os = "linux") || nodes.iter().any(|node| Path::new(node).exists())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_third_of_the_experts_is_enough() {
+        assert!(holds_enough(1000, 1000, 600) && holds_enough(600, 1000, 600));
+        assert!(!holds_enough(599, 1000, 600));
+        assert!(holds_enough(700, 700, 0) && !holds_enough(699, 700, 0));
+    }
 }

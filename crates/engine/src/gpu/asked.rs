@@ -43,6 +43,8 @@ pub struct GpuOptions {
     /// Whether a prompt's products take f32 factors as they are, where tensor cores would take each as two
     /// halves: 2^-20 of a product apart at most.
     pub plain: bool,
+    /// Whether records pass through memory for uploads although this program could write their slots.
+    pub staged: bool,
     /// Who computes an expert that is in memory and not in video memory.
     pub misses: Misses,
 }
@@ -75,8 +77,8 @@ impl Misses {
 pub struct MissRates {
     /// Copied into memory that the device copies from.
     pub stage: f64,
-    /// From there to video memory.
-    pub upload: f64,
+    /// From there to video memory; `None` where the first way ends there.
+    pub upload: Option<f64>,
     /// Computed by the processor.
     pub compute: f64,
 }
@@ -89,7 +91,7 @@ impl MissRates {
     pub fn or_faster(self, other: Self) -> Self {
         Self {
             stage: self.stage.max(other.stage),
-            upload: self.upload.max(other.upload),
+            upload: self.upload.zip(other.upload).map(|(one, other)| one.max(other)),
             compute: self.compute.max(other.compute),
         }
     }
@@ -99,12 +101,14 @@ impl MissRates {
     ///
     /// Staging comes first and keeps the processor busy, then upload and computing go on side by side.
     /// With a part c of one byte computed that takes (1 - c) / stage + max((1 - c) / upload, c / compute):
-    /// least where the two meet, unless computing is quicker than staging already.
+    /// least where the two meet, unless computing is quicker than staging already. Where staging is all, the
+    /// processor has either to do with every byte, and the quicker one gets all.
     pub fn computed_eighths(&self) -> usize {
         if self.compute >= self.stage {
             return SHARES;
         }
-        let part = self.compute / (self.compute + self.upload);
+        let Some(upload) = self.upload else { return 0 };
+        let part = self.compute / (self.compute + upload);
         (part * SHARES as f64).round() as usize
     }
 }
@@ -141,12 +145,12 @@ impl fmt::Display for MissPlan {
         let Some(rates) = self.rates else {
             return write!(f, " (--gpu-misses {})", self.misses.name());
         };
-        let [stage, upload, compute] =
-            [rates.stage, rates.upload, rates.compute].map(|rate| rate / 1e9);
-        write!(
-            f,
-            " (measured: staging {stage:.1} GB/s, upload {upload:.1} GB/s, processor {compute:.1} GB/s)"
-        )
+        let shown = |rate: f64| format!("{:.1} GB/s", rate / 1e9);
+        let upload = match rates.upload {
+            Some(upload) => format!("staging {}, upload {}", shown(rates.stage), shown(upload)),
+            None => format!("uploads {}", shown(rates.stage)),
+        };
+        write!(f, " (measured: {upload}, processor {})", shown(rates.compute))
     }
 }
 
@@ -167,6 +171,8 @@ pub struct VideoBudget {
     pub experts: usize,
     /// Whether all experts have a slot.
     pub resident: bool,
+    /// Whether records are written to their slots as they are, without memory for uploads in between.
+    pub direct: bool,
     /// Largest buffer that a kernel can be given, in bytes.
     pub buffer_bytes: u64,
 }
@@ -311,12 +317,14 @@ mod tests {
 
     #[test]
     fn the_processor_takes_what_makes_both_end_together() {
-        let rates = |stage, upload, compute| MissRates { stage, upload, compute };
+        let rates = |stage, upload, compute| MissRates { stage, upload: Some(upload), compute };
         assert_eq!(rates(40.0, 10.0, 10.0).computed_eighths(), 4);
         assert_eq!(rates(40.0, 30.0, 10.0).computed_eighths(), 2);
         assert_eq!(rates(40.0, 30.0, 0.1).computed_eighths(), 0);
         // What is computed quicker than it is copied is not copied.
         assert_eq!(rates(8.0, 30.0, 10.0).computed_eighths(), SHARES);
+        let direct = |stage, compute| MissRates { upload: None, ..rates(stage, 1.0, compute) };
+        assert_eq!([direct(30.0, 20.0), direct(20.0, 30.0)].map(|r| r.computed_eighths()), [0, 8]);
         assert_eq!(rates(1.0, 5.0, 3.0).or_faster(rates(2.0, 4.0, 6.0)), rates(2.0, 5.0, 6.0));
     }
 

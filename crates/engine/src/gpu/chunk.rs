@@ -329,13 +329,15 @@ impl Gpu {
         self.list(tokens_at, &sorted.tokens);
         self.list(places_at, &sorted.places);
         let slots = &experts.slots;
+        slots.nothing_reads();
         let (here, missing): (Vec<ExpertId>, Vec<ExpertId>) =
             sorted.experts.iter().partition(|expert| slots.holds(**expert));
         let claim = slots.claim(&self.device, here.iter().copied());
         let mut work = self.chunk_work();
         self.wave(&mut work, experts, here.len(), &sorted.tiles_of(&here));
         if !missing.is_empty() {
-            Commands::submit(&self.device, [work.finish()]);
+            let submission = Commands::submit(&self.device, [work.finish()]);
+            slots.read_by(&submission, claim.pinned());
             drop(claim);
             self.pass(host, slots, &missing, &|| self.chunk_work(), &mut |work, part| {
                 let part = &missing[part];

@@ -16,8 +16,10 @@ use wgpu::util::DeviceExt;
 use wgpu::{BindGroup, BindGroupLayout, Buffer, BufferUsages, ComputePipeline, SubmissionIndex};
 
 use super::slots::BUFFERS_MAX;
+use super::window;
 use crate::budget::gib;
 use crate::error::{Error, Result};
+use crate::pool::Pool;
 
 /// Lanes of a team: rows are shared out over teams of so many.
 pub const TEAM: u32 = 32;
@@ -33,6 +35,7 @@ pub struct Device {
     device: wgpu::Device,
     queue: wgpu::Queue,
     failure: Arc<Mutex<Option<String>>>,
+    writing: Mutex<()>, // one writes to windows at a time
     pipelines: Option<wgpu::PipelineCache>,
     submissions: AtomicU64,
     buffers: AtomicU64,
@@ -69,9 +72,12 @@ impl Device {
         let has_subgroups = adapter.features().contains(wgpu::Features::SUBGROUP);
         let subgroups = has_subgroups && info.subgroup_min_size >= TEAM;
         let tensor = tensor(adapter);
+        let has_windows = window::is_seen(adapter);
+        let windows = [wgpu::Features::empty(), wgpu::Features::MAPPABLE_PRIMARY_BUFFERS];
         let wanted = wgpu::Features::SUBGROUP
             | wgpu::Features::TIMESTAMP_QUERY
             | wgpu::Features::PIPELINE_CACHE
+            | windows[usize::from(has_windows)]
             | tensor.map_or(wgpu::Features::empty(), |_| TENSOR_FEATURES);
         let experimental_features = match tensor {
             None => wgpu::ExperimentalFeatures::disabled(),
@@ -108,6 +114,7 @@ impl Device {
             device,
             queue,
             failure,
+            writing: Mutex::default(),
             pipelines: None,
             submissions,
             buffers,
@@ -176,6 +183,37 @@ impl Device {
         self.allocate(name, bytes, usage)
     }
 
+    /// As [`Device::buffer`], in memory that this program can write with [`Device::write_window`] once its
+    /// zeros are there: once what was submitted so far is over.
+    ///
+    /// # Errors
+    /// As [`Device::buffer`].
+    pub fn window(&self, name: &str, bytes: u64) -> Result<Buffer> {
+        let usage = BufferUsages::STORAGE
+            | BufferUsages::COPY_DST
+            | BufferUsages::COPY_SRC
+            | BufferUsages::MAP_WRITE;
+        let buffer = self.allocate(name, bytes, usage)?;
+        // Otherwise the zeros would come with the first command, over what is there by then.
+        let mut encoder = self.encoder();
+        encoder.clear_buffer(&buffer, 0, None);
+        self.submit(encoder);
+        Ok(buffer)
+    }
+
+    /// Copies bytes to places in a window, each with its offset, by all threads. Kernels that read there
+    /// meanwhile find anything.
+    ///
+    /// # Errors
+    /// The device is lost.
+    ///
+    /// # Panics
+    /// A part that does not lie in the buffer, or two that overlap.
+    pub fn write_window(&self, window: &Buffer, pool: &Pool, parts: &[(u64, &[u8])]) -> Result<()> {
+        let _alone = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
+        window::write(&self.device, window, pool, parts)
+    }
+
     /// Memory that the device copies to and this program reads.
     ///
     /// # Errors
@@ -205,7 +243,7 @@ impl Device {
                 label: Some(name),
                 size,
                 usage,
-                mapped_at_creation: usage.contains(BufferUsages::MAP_WRITE),
+                mapped_at_creation: usage == BufferUsages::MAP_WRITE | BufferUsages::COPY_SRC,
             })
         })
     }
@@ -517,8 +555,17 @@ pub fn at_once<T>(future: impl Future<Output = T>) -> T {
     }
 }
 
-/// Bytes of memory that belong to the device itself, where the system says.
-pub fn own_memory(adapter: &wgpu::Adapter) -> Option<u64> {
+/// Memory of a device.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct OwnMemory {
+    /// Bytes of the largest heap that is its own.
+    pub bytes: u64,
+    /// Bytes of the heap that buffers for both sides come from, where that is its own; otherwise 0.
+    pub seen: u64,
+}
+
+/// The memory of the device itself, where the system says.
+pub fn own_memory(adapter: &wgpu::Adapter) -> Option<OwnMemory> {
     #[cfg(not(target_vendor = "apple"))]
     {
         // SAFETY: the guard outlives the use of what it gives, and nothing is destroyed.
@@ -530,7 +577,12 @@ pub fn own_memory(adapter: &wgpu::Adapter) -> Option<u64> {
         };
         let heaps = &memory.memory_heaps[..memory.memory_heap_count as usize];
         // Bit 0 of a heap's flags: VK_MEMORY_HEAP_DEVICE_LOCAL_BIT.
-        heaps.iter().filter(|heap| heap.flags.as_raw() & 1 == 1).map(|heap| heap.size).max()
+        let own = heaps.iter().filter(|heap| heap.flags.as_raw() & 1 == 1).map(|heap| heap.size);
+        // Bits 0 to 2 of a type's: device local, host visible, host coherent. The first that has all is taken.
+        let types = &memory.memory_types[..memory.memory_type_count as usize];
+        let seen = types.iter().find(|t| t.property_flags.as_raw() & 0b111 == 0b111);
+        let seen = seen.map_or(0, |t| heaps[t.heap_index as usize].size);
+        own.max().map(|bytes| OwnMemory { bytes, seen })
     }
     #[cfg(target_vendor = "apple")]
     {

@@ -25,12 +25,13 @@ mod source;
 mod step;
 mod tiers;
 mod timeline;
+mod window;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use wgpu::{BindGroup, Buffer};
 
-pub use adapters::{Adapter, AdapterKind, adapters, auto, pick};
+pub use adapters::{Adapter, AdapterKind, adapters, auto, pick, shared_memory};
 pub use asked::{
     ChunkInput, DeviceLimits, GpuCounters, GpuOptions, Host, KernelRate, Logits, MissPlan,
     MissRates, Misses, NO_ADAPTER, SHARES, Token, VideoBudget, Watch, uploads_bytes,
@@ -152,6 +153,7 @@ impl Gpu {
                 views: &views,
             },
             slots: budget.slots_each,
+            direct: budget.direct,
         };
         let layers = loader.layers(std::mem::take(&mut weights.layers), &each)?;
         let head = loader.head(weights)?;
@@ -336,6 +338,7 @@ struct Loader<'a> {
     shape: &'a Shape,
     packing: Packing<'a>,
     slots: usize,
+    direct: bool,
 }
 
 impl Loader<'_> {
@@ -377,7 +380,11 @@ impl Loader<'_> {
                 },
             })
         };
-        layers.map(load).collect()
+        let layers = layers.map(load).collect::<Result<_>>()?;
+        if self.direct {
+            self.device.wait_for(None)?; // for the zeros of slots that are written from here
+        }
+        Ok(layers)
     }
 
     fn head(&self, weights: &Weights) -> Result<Vec<Part>> {
@@ -471,7 +478,13 @@ impl Loader<'_> {
         Ok(Feeding::Experts(Box::new(Experts {
             route: self.segments("router", &route, norm, self.kernels.router.rows)?,
             shared,
-            slots: LayerSlots::new(self.device, self.views, layer, slots.0.clone(), counts)?,
+            slots: LayerSlots::new(
+                (self.device, self.views),
+                layer,
+                slots.0.clone(),
+                counts,
+                self.direct,
+            )?,
             kernels: place.expect("kernels are compiled for every distinct layout"),
         })))
     }

@@ -50,6 +50,7 @@ pub fn plan(demand: &Demand, adapter: &Adapter, wanted: &GpuOptions) -> Result<V
         slots_each: 0,
         experts: shape.moe.experts,
         resident: true,
+        direct: false,
         buffer_bytes,
     };
     let left = budget.limit.saturating_sub(budget.fixed_bytes());
@@ -71,6 +72,7 @@ pub fn plan(demand: &Demand, adapter: &Adapter, wanted: &GpuOptions) -> Result<V
         )));
     }
     budget.resident = budget.slots_each == budget.experts;
+    budget.direct = adapter.has_windows && !budget.resident && !wanted.staged;
     Ok(budget)
 }
 
@@ -97,7 +99,7 @@ fn limit(adapter: &Adapter, wanted: &GpuOptions) -> Result<u64> {
     let nine_tenths = |bytes: u64| bytes - bytes / 10;
     match (adapter.kind, adapter.memory_bytes) {
         (AdapterKind::Discrete | AdapterKind::Other, Some(bytes)) => Ok(nine_tenths(bytes)),
-        // The processor's memory, which the rest of the program needs as well.
+        // The processor's memory, which the rest of the program needs as well: `budget::shared` knows better.
         (AdapterKind::Integrated | AdapterKind::Software, _) => {
             { machine::available_memory().map(|bytes| bytes / 2) }.ok_or(())
         }
@@ -169,8 +171,9 @@ fn fixed_lines(demand: &Demand) -> Result<Vec<Line>> {
     ])
 }
 
-/// About what a model takes of video memory with all of its experts, before its weights are read.
-pub fn whole_bytes(container: &Container, options: &Options) -> u64 {
+/// About what a model takes of video memory with all of its experts, before its weights are read, and what
+/// these take of it.
+pub fn whole_bytes(container: &Container, options: &Options) -> [u64; 2] {
     let (shape, layouts) = (container.shape(), container.layouts());
     let most = options.prefill_chunk.min(context(shape, options).unwrap_or(1));
     let of_chunk = super::chunk::layout(shape, options, most, u64::MAX);
@@ -179,12 +182,14 @@ pub fn whole_bytes(container: &Container, options: &Options) -> u64 {
     // A context that is no good is refused where the memory is planned.
     let context = context(shape, options).unwrap_or(0);
     let records: usize = layouts.iter().map(RecordLayout::record_bytes).sum();
-    Weights::stored_bytes(container)
+    let experts = (shape.moe.experts * records) as u64;
+    let whole = Weights::stored_bytes(container)
         + options.sessions.max(1) as u64 * memory_bytes(shape, options, context)
         + scratch
         + tiers::bytes(&of_token, shape, record_bytes(layouts))
         + DRIVER_BYTES
-        + (shape.moe.experts * records) as u64
+        + experts;
+    [whole, experts]
 }
 
 fn scratch_bytes(layouts: [&Layout; 2], shape: &Shape) -> u64 {

@@ -47,7 +47,7 @@ impl Gpu {
         let mut round = |round: usize| {
             let first = (round * count) as u16;
             let ids: Vec<_> = (first..first + count as u16).map(ExpertId).collect();
-            let [stage, upload] = self.measure_upload(host, experts, &ids)?;
+            let (stage, upload) = self.measure_upload(host, experts, &ids)?;
             let compute = self.measure_processor(host, experts, &ids, &mut workspace)?;
             Ok(MissRates { stage, upload, compute })
         };
@@ -60,7 +60,12 @@ impl Gpu {
         Ok(best)
     }
 
-    fn measure_upload(&self, host: &Host, experts: &Experts, ids: &[ExpertId]) -> Result<[f64; 2]> {
+    fn measure_upload(
+        &self,
+        host: &Host,
+        experts: &Experts,
+        ids: &[ExpertId],
+    ) -> Result<(f64, Option<f64>)> {
         let slots = &experts.slots;
         let scan = ids.iter().map(|id| (*id, Purpose::Scan));
         let mut sweep = host.store.sweep(slots.layer(), scan);
@@ -78,7 +83,9 @@ impl Gpu {
         let submission = Commands::submit(&self.device, [work.finish()]);
         self.device.wait_for(Some(submission))?;
         let bytes = (staged.len() * slots.record_bytes()) as f64;
-        Ok([stage, started.elapsed()].map(|time| bytes / time.as_secs_f64().max(1e-9)))
+        let [stage, upload] =
+            [stage, started.elapsed()].map(|time| bytes / time.as_secs_f64().max(1e-9));
+        Ok((stage, (!slots.is_direct()).then_some(upload)))
     }
 
     fn measure_processor(

@@ -17,7 +17,7 @@ use crate::error::{Error, Result};
 use crate::pool::Pool;
 
 /// Bytes that a thread copies at once.
-const ITEM_BYTES: usize = 64 << 10;
+pub const ITEM_BYTES: usize = 64 << 10;
 
 /// Pieces of one size.
 pub struct Ring {

@@ -4,10 +4,11 @@
 //! slot holds which expert, and of an expert without one that it has none. Which expert leaves is decided as
 //! in the store. A record and the table are written by commands in front of the kernels that need them, so
 //! the queue's own order keeps a slot whole and the device's table is the one here, as of its last command.
+//! Slots that this program sees are written by itself instead, once no kernel reads them any more.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use wgpu::{BindGroup, Buffer};
+use wgpu::{BindGroup, Buffer, SubmissionIndex};
 
 use super::clock::Way;
 use super::device::Device;
@@ -15,7 +16,9 @@ use super::kernels::Views;
 use super::source::Slabs;
 use crate::container::RecordLayout;
 use crate::error::{Error, Result};
+use crate::pool::Pool;
 use crate::shape::{ExpertId, LayerId};
+use crate::store::Record;
 use crate::store::slots::{Key, Purpose, SlotId, SlotState, Slots};
 
 /// Buffers of a layer's slots at most.
@@ -33,6 +36,7 @@ pub struct LayerSlots {
     layer: LayerId,
     slabs: Slabs,
     buffers: Vec<Buffer>,
+    direct: bool,
     places: Buffer, // [experts], the slot of each
     table: Mutex<Table>,
 }
@@ -43,6 +47,7 @@ struct Table {
     held: Vec<u32>,   // [slots], the expert of each
     used: Vec<u64>,   // [experts], the last token that chose it, counted from 1
     tokens: u64,
+    read: Vec<(SubmissionIndex, Vec<SlotId>)>, // what was submitted since the last choice reads slots
 }
 
 /// An expert of a token's choice that has no slot.
@@ -81,6 +86,13 @@ pub struct Claim<'a> {
     pinned: Vec<SlotId>,
     /// Those whose record is still to be brought, and where to.
     pub missing: Vec<(ExpertId, SlotId)>,
+}
+
+impl Claim<'_> {
+    /// Its slots.
+    pub fn pinned(&self) -> impl Iterator<Item = SlotId> {
+        self.pinned.iter().copied()
+    }
 }
 
 impl Drop for Claim<'_> {
@@ -132,23 +144,26 @@ pub fn slots_most(layout: &RecordLayout, experts: usize, buffer_bytes: u64) -> u
 }
 
 impl LayerSlots {
-    /// Empty slots.
+    /// Empty slots, which this program writes itself if they are `direct`.
     ///
     /// # Errors
     /// The device has no memory left.
     pub fn new(
-        device: &Device,
-        views: &Views,
+        (device, views): (&Device, &Views),
         layer: LayerId,
         slabs: Slabs,
         (slots, experts): (usize, usize),
+        direct: bool,
     ) -> Result<Self> {
         let places = device.buffer("places of experts", experts as u64 * 4)?;
         let slot_bytes = slabs.slot_words as u64 * 4;
         let counts = (0..slabs.slabs)
             .map(|i| slabs.slots_each.min(slots - i * slabs.slots_each) as u64 * slot_bytes);
-        let buffers: Vec<Buffer> =
-            counts.map(|bytes| device.buffer("experts", bytes)).collect::<Result<_>>()?;
+        let make = |bytes| match direct {
+            true => device.window("experts", bytes),
+            false => device.buffer("experts", bytes),
+        };
+        let buffers: Vec<Buffer> = counts.map(make).collect::<Result<_>>()?;
         let group = views.slots_group(device, &places, &buffers)?;
         let (places_now, held) = (vec![NOWHERE; experts], vec![NOWHERE; slots]);
         device.write(&places, 0, bytemuck::cast_slice(&places_now));
@@ -158,8 +173,9 @@ impl LayerSlots {
             held,
             used: vec![0; experts],
             tokens: 0,
+            read: Vec::new(),
         };
-        Ok(Self { group, layer, slabs, buffers, places, table: Mutex::new(table) })
+        Ok(Self { group, layer, slabs, buffers, direct, places, table: Mutex::new(table) })
     }
 
     /// The layer.
@@ -242,13 +258,70 @@ impl LayerSlots {
 
     /// The way of a record to the slot that was claimed for it.
     pub fn way(&self, (_, slot): (ExpertId, SlotId)) -> Way<'_> {
+        let (slab, to) = self.place(slot);
+        Way { bytes: self.record_bytes() as u64, buffer: &self.buffers[slab], to }
+    }
+
+    /// Slab of a slot, and where in it.
+    fn place(&self, slot: SlotId) -> (usize, u64) {
         let index = slot.0 as usize;
         let (slab, within) = (index / self.slabs.slots_each, index % self.slabs.slots_each);
-        Way {
-            bytes: self.record_bytes() as u64,
-            buffer: &self.buffers[slab],
-            to: (within * self.slabs.slot_words * 4) as u64,
+        (slab, (within * self.slabs.slot_words * 4) as u64)
+    }
+
+    /// Whether [`LayerSlots::write`] brings records here.
+    pub fn is_direct(&self) -> bool {
+        self.direct
+    }
+
+    /// A choice of this layer has come back: all that was submitted before it is over.
+    pub fn nothing_reads(&self) {
+        self.lock().read.clear();
+    }
+
+    /// Kernels of a submission read these slots.
+    pub fn read_by(&self, submission: &SubmissionIndex, slots: impl Iterator<Item = SlotId>) {
+        if self.direct {
+            self.lock().read.push((submission.clone(), slots.collect()));
         }
+    }
+
+    /// Writes records to the slots that were claimed for them, when nothing reads those any more. What is
+    /// submitted from here on finds them.
+    ///
+    /// A claimed slot is nobody else's until its record has landed. What was submitted before the layer's last
+    /// choice is over; since then `read_by` was told of all that may read a slot, but for the chosen experts of
+    /// a token, which its claim pins.
+    ///
+    /// # Errors
+    /// The device failed.
+    pub fn write(
+        &self,
+        device: &Device,
+        pool: &Pool,
+        records: &[(&Record, (ExpertId, SlotId))],
+    ) -> Result<()> {
+        let is_read = |read: &(SubmissionIndex, Vec<SlotId>)| {
+            records.iter().any(|(_, (_, slot))| read.1.contains(slot))
+        };
+        let mut table = self.lock();
+        let waited = table.read.iter().rposition(is_read).map_or(0, |last| last + 1);
+        let last = table.read.drain(..waited).next_back();
+        drop(table);
+        if let Some((submission, _)) = last {
+            device.wait_for(Some(submission))?;
+        }
+        for (slab, buffer) in self.buffers.iter().enumerate() {
+            let parts = records.iter().filter_map(|(record, (_, slot))| {
+                let (of, to) = self.place(*slot);
+                (of == slab).then(|| (to, &record[..self.record_bytes()]))
+            });
+            let parts: Vec<(u64, &[u8])> = parts.collect();
+            if !parts.is_empty() {
+                device.write_window(buffer, pool, &parts)?;
+            }
+        }
+        Ok(())
     }
 
     /// The commands that bring these records are written; gives the table as it is behind them, and where

@@ -144,9 +144,25 @@ impl Gpu {
         Ok(())
     }
 
-    /// Brings records to the slots that were claimed for them, and says where they are, together with
-    /// `also`.
+    /// Brings records to the slots that were claimed for them, the quickest way, and says where they are,
+    /// together with `also`.
     pub(super) fn stage<'g>(
+        &'g self,
+        host: &Host,
+        work: &mut Work<'g>,
+        slots: &LayerSlots,
+        records: &[(&Record, (ExpertId, SlotId))],
+        also: &[(&[u8], &Buffer, u64)],
+    ) -> Result<()> {
+        if !slots.is_direct() {
+            return self.stage_behind(host, work, slots, records, also);
+        }
+        slots.write(&self.device, &host.compute.pool, records)?;
+        self.landed(work, slots, records, also)
+    }
+
+    /// As [`Gpu::stage`], to slots that what was submitted before may still read.
+    fn stage_behind<'g>(
         &'g self,
         host: &Host,
         work: &mut Work<'g>,
@@ -163,6 +179,17 @@ impl Gpu {
         for ((piece, _), (_, place)) in filled.into_iter().zip(records) {
             work.bring(piece, std::iter::once(slots.way(*place)));
         }
+        self.landed(work, slots, records, also)
+    }
+
+    /// Says where records are from here on, together with `also`.
+    fn landed<'g>(
+        &'g self,
+        work: &mut Work<'g>,
+        slots: &LayerSlots,
+        records: &[(&Record, (ExpertId, SlotId))],
+        also: &[(&[u8], &Buffer, u64)],
+    ) -> Result<()> {
         let count = records.len() as u64;
         self.tiers.uploads.fetch_add(count, Ordering::Relaxed);
         self.tiers.upload_bytes.fetch_add(count * slots.record_bytes() as u64, Ordering::Relaxed);
@@ -198,7 +225,8 @@ impl Gpu {
                 let mut work = work();
                 self.stage(host, &mut work, slots, &staged, &[])?;
                 then(&mut work, done..done + now.len());
-                Commands::submit(&self.device, [work.finish()]);
+                let submission = Commands::submit(&self.device, [work.finish()]);
+                slots.read_by(&submission, now.iter().map(|(_, slot)| *slot));
                 (places, done) = (later, done + now.len());
             }
         }
@@ -220,6 +248,7 @@ impl Gpu {
         self.read_choice(asked.submission, &mut busy.choice)?;
         let (experts, chosen) = (asked.experts, &busy.choice.experts);
         let slots = &experts.slots;
+        slots.nothing_reads();
         let missing = slots.missing(chosen);
         let computed = self.tiers.plan.computed(missing.len());
         let (uploaded, computed) = missing.split_at(missing.len() - computed);
@@ -295,7 +324,8 @@ impl Gpu {
             let claim = experts.slots.claim(&self.device, std::iter::once(expert));
             let mut work = self.work();
             for place in &claim.missing {
-                self.stage(host, &mut work, &experts.slots, &[(&record, *place)], &[])?;
+                let place = (&record, *place);
+                self.stage_behind(host, &mut work, &experts.slots, &[place], &[])?;
                 self.tiers.admitted.fetch_add(1, Ordering::Relaxed);
             }
             later.push(work.finish());

@@ -31,7 +31,7 @@ leaves when pressed twice, Ctrl-D leaves, /help lists the commands. docs/chat.md
 Exit status: 0, or 1 on an error, 2 on a wrong flag.";
 
 /// Flags about a model in this process, by their names in the parser.
-const LOCAL: [&str; 24] = [
+const LOCAL: [&str; 25] = [
     "memory",
     "threads",
     "isa",
@@ -46,6 +46,7 @@ const LOCAL: [&str; 24] = [
     "device",
     "gpu_memory",
     "gpu_misses",
+    "gpu_uploads",
     "prefill_chunk",
     "yarn",
     "lookahead",

@@ -42,13 +42,14 @@ pub struct EngineArgs {
     pub threads: Option<usize>,
 
     /// What computes: the processor, the first GPU that is no software, or GPU number N as `flash-moe
-    /// devices` counts them. auto takes a discrete GPU on Vulkan that holds the whole model, and
-    /// the processor where there is none or where a flag asks for what only it does.
+    /// devices` counts them. auto takes a discrete GPU on Vulkan that holds at least a third of
+    /// the experts beside everything else, and the processor where there is none or where a flag asks for what only
+    /// it does.
     #[arg(long, value_name = "auto|cpu|gpu[:N]", default_value = "auto", help_heading = "Machine")]
     pub device: DeviceChoice,
 
-    /// Video memory to use: 8GiB, 8G or bytes [default: nine tenths of the GPU's own]. What the model
-    /// itself does not need holds experts.
+    /// Video memory to use: 8GiB, 8G or bytes [default: nine tenths of the GPU's own; of a GPU on the
+    /// processor's memory, what --memory leaves]. What the model itself does not need holds experts.
     #[arg(long, value_name = "SIZE", value_parser = size::parse, help_heading = "Machine")]
     pub gpu_memory: Option<u64>,
 
@@ -57,6 +58,12 @@ pub struct EngineArgs {
     /// upload do not depend on what video memory holds, those of the others do by f32 rounding.
     #[arg(long, value_name = "auto|upload|cpu", value_enum, default_value_t = MissesChoice::Auto, help_heading = "Machine")]
     pub gpu_misses: MissesChoice,
+
+    /// How an expert's record comes to video memory. auto writes it where the kernels read it if the
+    /// processor sees all of that memory (`flash-moe devices`: direct uploads); staged always takes memory for uploads in
+    /// between. The numbers do not depend on it.
+    #[arg(long, value_name = "auto|staged", value_enum, default_value_t = UploadsChoice::Auto, help_heading = "Machine")]
+    pub gpu_uploads: UploadsChoice,
 
     /// Instruction set of the kernels.
     #[arg(long, value_enum, default_value_t = IsaChoice::Auto, help_heading = "Machine")]
@@ -156,6 +163,15 @@ pub enum MissesChoice {
     Upload,
     /// The processor.
     Cpu,
+}
+
+/// Values of `--gpu-uploads`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub enum UploadsChoice {
+    /// Directly where that can be.
+    Auto,
+    /// Through memory for uploads.
+    Staged,
 }
 
 /// Values of `--hot-set`.
@@ -301,6 +317,7 @@ impl EngineArgs {
             kernels_dir: environment::cache_dir(),
             timed: false,
             plain: self.exact,
+            staged: self.gpu_uploads == UploadsChoice::Staged,
             misses,
         };
         let exact = Options {
@@ -319,6 +336,9 @@ impl EngineArgs {
             (None, Some(_)) => bail!("--gpu-memory needs a GPU, but {why}"),
             (None, None) if self.gpu_misses != MissesChoice::Auto => {
                 bail!("--gpu-misses needs a GPU, but {why}")
+            }
+            (None, None) if self.gpu_uploads != UploadsChoice::Auto => {
+                bail!("--gpu-uploads needs a GPU, but {why}")
             }
             (None, None) => Ok(options),
             (gpu, _) => Ok(Options { gpu, ..exact }),

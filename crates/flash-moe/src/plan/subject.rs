@@ -9,11 +9,12 @@ use std::io::Write;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
-use flash_moe_engine::budget::Demand;
+use flash_moe_engine::budget::{self, Demand};
 use flash_moe_engine::container::{Container, RecordLayout};
 use flash_moe_engine::engine::Options;
 use flash_moe_engine::shape::Shape;
 use flash_moe_engine::store::measure::RecordFiles;
+use flash_moe_engine::timing::Stage;
 
 use crate::bench::limits::Disk;
 use crate::bench::work::Work;
@@ -53,10 +54,12 @@ impl Subject {
     /// # Errors
     /// The container or the flags.
     pub fn new(args: &PlanArgs) -> Result<Self> {
-        match &args.like {
+        let mut subject = match &args.like {
             Some(model) => Self::like(args, model),
             None => Self::container(args),
-        }
+        }?;
+        subject.options = budget::shared(&subject.demand(), &subject.options)?;
+        Ok(subject)
     }
 
     fn container(args: &PlanArgs) -> Result<Self> {
@@ -112,7 +115,12 @@ impl Subject {
 
     /// What it asks of memory.
     pub fn demand(&self) -> Demand<'_> {
-        Demand { shape: &self.shape, dense_bytes: self.dense_bytes, slot_bytes: self.slot_bytes }
+        Demand {
+            shape: &self.shape,
+            dense_bytes: self.dense_bytes,
+            embedding_bytes: self.work.dense(Stage::Embed).bytes,
+            slot_bytes: self.slot_bytes,
+        }
     }
 
     /// Bytes of the dense weights and all records.

@@ -35,6 +35,8 @@ pub struct VideoPlan {
     pub lines: Vec<MemoryLine>,
     /// Experts.
     pub slots_bytes: u64,
+    /// Whether records are written there without memory for uploads in between.
+    pub direct: bool,
     /// Experts of each layer that have a slot.
     pub slots: usize,
     /// Experts of each layer.
@@ -82,7 +84,8 @@ impl VideoPlan {
         case: &Case,
         (device, compute, disk): (DeviceLimits, f64, f64),
     ) -> Self {
-        let rates = MissRates { stage: device.stage, upload: device.copy, compute };
+        let upload = (!budget.direct).then_some(device.copy);
+        let rates = MissRates { stage: device.stage, upload, compute };
         let computed_eighths = match misses {
             _ if budget.resident => 0,
             Misses::Auto => rates.computed_eighths(),
@@ -104,7 +107,7 @@ impl VideoPlan {
             let touched = work.all_token_bytes(case.prompt) - part * missed;
             let (uploaded, computed) = ((1.0 - part) * missed, part * missed);
             let staging = uploaded / rates.stage;
-            let rest = [uploaded / rates.upload, computed / rates.compute];
+            let rest = [rates.upload.map_or(0.0, |rate| uploaded / rate), computed / rates.compute];
             ([touched / device.read, staging], rest, read / disk)
         };
         let ([device_low, staging], rest, read) = seconds(miss_bytes.low, disk_bytes.low);
@@ -118,6 +121,7 @@ impl VideoPlan {
             limit_bytes: budget.limit,
             lines: lines.collect(),
             slots_bytes: budget.slots_each as u64 * budget.slot_bytes,
+            direct: budget.direct,
             slots: budget.slots_each,
             experts: budget.experts,
             compute_bytes_per_second: compute,
@@ -145,7 +149,7 @@ impl VideoPlan {
             computed_eighths: self.computed_eighths,
             rates: Some(MissRates {
                 stage: self.limits.stage_bytes_per_second,
-                upload: self.limits.copy_bytes_per_second,
+                upload: (!self.direct).then_some(self.limits.copy_bytes_per_second),
                 compute: self.compute_bytes_per_second,
             }),
         };
@@ -198,6 +202,7 @@ mod tests {
             slots_each,
             experts: 256,
             resident: slots_each == 256,
+            direct: false,
             buffer_bytes: 1 << 30,
         };
         VideoPlan::estimate(&budget, misses, &case, (DEVICE, 10e9, 1e9))
