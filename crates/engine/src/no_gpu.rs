@@ -11,14 +11,13 @@ use std::time::Duration;
 
 pub use asked::{
     ChunkInput, DeviceLimits, GpuCounters, GpuOptions, Host, KernelRate, Logits, MissPlan,
-    MissRates, Misses, NO_ADAPTER, SHARES, Token, VideoBudget, Watch, uploads_bytes,
+    MissRates, Misses, NO_ADAPTER, SHARES, Stored, Token, VideoBudget, Watch, uploads_bytes,
 };
 
-use crate::container::{Container, RecordLayout};
+use crate::container::Container;
 use crate::engine::Options;
 use crate::error::{Error, Result};
 use crate::pool::Pool;
-use crate::shape::Shape;
 use crate::timing::Timing;
 use crate::weights::Weights;
 
@@ -44,13 +43,15 @@ impl fmt::Display for Adapter {
 ///
 /// # Errors
 /// Always.
-pub fn plan(
-    _: &Shape,
-    _: &[RecordLayout],
-    _: u64,
-    _: &Options,
-    _: &GpuOptions,
-) -> Result<VideoBudget> {
+pub fn plan(_: &Stored, _: &Options, _: &GpuOptions) -> Result<VideoBudget> {
+    Err(Error::Gpu(NOT_BUILT.into()))
+}
+
+/// Refuses.
+///
+/// # Errors
+/// Always.
+pub fn prefill_chunk(_: &Stored, _: &Options, _: &GpuOptions) -> Result<usize> {
     Err(Error::Gpu(NOT_BUILT.into()))
 }
 

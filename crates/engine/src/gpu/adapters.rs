@@ -6,16 +6,19 @@
 
 use std::fmt;
 use std::path::Path;
+use std::sync::OnceLock;
 
 use super::device::{at_once, own_memory, tensor};
 use super::window;
-use super::{GpuOptions, NO_ADAPTER};
+use super::{GpuOptions, NO_ADAPTER, Stored};
 use crate::budget::gib;
 use crate::container::Container;
 use crate::engine::Options;
 use crate::error::{Error, Result};
+use crate::weights::Weights;
 
 /// One adapter.
+#[derive(Clone)]
 pub struct Adapter {
     pub(super) adapter: wgpu::Adapter,
     /// As the system names it.
@@ -47,6 +50,13 @@ pub enum AdapterKind {
     Software,
 }
 
+impl Adapter {
+    /// Whether its memory is the processor's.
+    pub fn is_shared(&self) -> bool {
+        matches!(self.kind, AdapterKind::Integrated | AdapterKind::Software)
+    }
+}
+
 impl fmt::Display for Adapter {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let kind = match self.kind {
@@ -70,8 +80,13 @@ impl fmt::Display for Adapter {
     }
 }
 
-/// All adapters, in the order in which `gpu:N` counts them.
+/// All adapters, in the order in which `gpu:N` counts them. The drivers are asked once.
 pub fn adapters() -> Vec<Adapter> {
+    static ALL: OnceLock<Vec<Adapter>> = OnceLock::new();
+    ALL.get_or_init(found).clone()
+}
+
+fn found() -> Vec<Adapter> {
     let instance = wgpu::Instance::new(wgpu::InstanceDescriptor {
         backends: wgpu::Backends::VULKAN | wgpu::Backends::METAL | wgpu::Backends::DX12,
         flags: wgpu::InstanceFlags::empty(),
@@ -145,9 +160,8 @@ pub fn pick(number: Option<usize>) -> Result<(usize, Adapter)> {
 /// There is no such GPU.
 pub fn shared_memory(wanted: &GpuOptions) -> Result<Option<u64>> {
     let (_, adapter) = pick(wanted.adapter)?;
-    let is_shared = matches!(adapter.kind, AdapterKind::Integrated | AdapterKind::Software);
     let most = adapter.memory_bytes.map_or(u64::MAX, |bytes| bytes - bytes / 10);
-    Ok(is_shared.then_some(most))
+    Ok(adapter.is_shared().then_some(most))
 }
 
 /// The GPU that `auto` takes for a container, or why it takes none, in words.
@@ -174,7 +188,12 @@ pub fn auto(
     let Some(memory) = memory else {
         return Err(format!("{} does not say how much memory it has", adapter.name));
     };
-    let [whole, experts] = super::plan::whole_bytes(container, options);
+    let stored = Stored {
+        shape: container.shape(),
+        records: container.layouts(),
+        dense_bytes: Weights::stored_bytes(container),
+    };
+    let [whole, experts] = super::plan::whole_bytes(&stored, options);
     match holds_enough(memory, whole, experts) {
         true => Ok(GpuOptions { adapter: Some(number), ..wanted }),
         false => Err(format!(

@@ -8,6 +8,8 @@ use std::path::PathBuf;
 
 use crate::budget::{Line, gib};
 use crate::compute::Compute;
+use crate::container::RecordLayout;
+use crate::shape::Shape;
 use crate::store::ExpertStore;
 
 /// What to do where there is nothing to list.
@@ -113,6 +115,17 @@ impl MissRates {
     }
 }
 
+/// What a model takes as it is stored.
+#[derive(Clone, Copy)]
+pub struct Stored<'a> {
+    /// Its shape.
+    pub shape: &'a Shape,
+    /// Of each layer with experts.
+    pub records: &'a [RecordLayout],
+    /// Dense weights.
+    pub dense_bytes: u64,
+}
+
 /// What is done about missing experts, and why.
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub struct MissPlan {
@@ -173,6 +186,8 @@ pub struct VideoBudget {
     pub resident: bool,
     /// Whether records are written to their slots as they are, without memory for uploads in between.
     pub direct: bool,
+    /// Whether it is the processor's memory.
+    pub is_shared: bool,
     /// Largest buffer that a kernel can be given, in bytes.
     pub buffer_bytes: u64,
 }

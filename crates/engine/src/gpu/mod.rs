@@ -34,10 +34,10 @@ use wgpu::{BindGroup, Buffer};
 pub use adapters::{Adapter, AdapterKind, adapters, auto, pick, shared_memory};
 pub use asked::{
     ChunkInput, DeviceLimits, GpuCounters, GpuOptions, Host, KernelRate, Logits, MissPlan,
-    MissRates, Misses, NO_ADAPTER, SHARES, Token, VideoBudget, Watch, uploads_bytes,
+    MissRates, Misses, NO_ADAPTER, SHARES, Stored, Token, VideoBudget, Watch, uploads_bytes,
 };
 pub use limits::limits;
-pub use plan::stored as plan;
+pub use plan::{prefill_chunk, stored as plan};
 pub use timeline::Timeline;
 
 use crate::container::{Container, Matrix, Precision};

@@ -7,15 +7,18 @@
 use super::adapters::{Adapter, AdapterKind, pick};
 use super::dense::packed_bytes;
 use super::layout::{Layout, top_k};
-use super::{GpuOptions, VideoBudget, slots, tiers};
+use super::{GpuOptions, Stored, VideoBudget, slots, tiers};
 use crate::budget::{Line, context, gib};
-use crate::container::{Container, RecordLayout};
+use crate::container::RecordLayout;
 use crate::engine::Options;
 use crate::error::{Error, Result};
 use crate::kv_cache::KvShape;
 use crate::machine;
 use crate::shape::{Mix, Shape};
 use crate::weights::{LayerWeights, Weights};
+
+/// Tokens of a chunk on a discrete GPU, of which the first that fits is taken.
+const CHUNKS: [usize; 2] = [2048, 1024];
 
 /// What the driver and the kernels themselves take, and what the driver copies through.
 const DRIVER_BYTES: u64 = 320 << 20;
@@ -51,6 +54,7 @@ pub fn plan(demand: &Demand, adapter: &Adapter, wanted: &GpuOptions) -> Result<V
         experts: shape.moe.experts,
         resident: true,
         direct: false,
+        is_shared: adapter.is_shared(),
         buffer_bytes,
     };
     let left = budget.limit.saturating_sub(budget.fixed_bytes());
@@ -100,7 +104,7 @@ fn limit(adapter: &Adapter, wanted: &GpuOptions) -> Result<u64> {
     match (adapter.kind, adapter.memory_bytes) {
         (AdapterKind::Discrete | AdapterKind::Other, Some(bytes)) => Ok(nine_tenths(bytes)),
         // The processor's memory, which the rest of the program needs as well: `budget::shared` knows better.
-        (AdapterKind::Integrated | AdapterKind::Software, _) => {
+        _ if adapter.is_shared() => {
             { machine::available_memory().map(|bytes| bytes / 2) }.ok_or(())
         }
         _ => Err(()),
@@ -117,13 +121,8 @@ fn limit(adapter: &Adapter, wanted: &GpuOptions) -> Result<u64> {
 ///
 /// # Errors
 /// As when it opens: no such adapter, what the kernels do not take, a plan above the limit.
-pub fn stored(
-    shape: &Shape,
-    records: &[RecordLayout],
-    dense_bytes: u64,
-    options: &Options,
-    wanted: &GpuOptions,
-) -> Result<VideoBudget> {
+pub fn stored(stored: &Stored, options: &Options, wanted: &GpuOptions) -> Result<VideoBudget> {
+    let Stored { shape, records, dense_bytes } = *stored;
     super::check(shape, options)?;
     let (_, adapter) = pick(wanted.adapter)?;
     let layouts = layouts(shape, options, &adapter)?;
@@ -173,23 +172,52 @@ fn fixed_lines(demand: &Demand) -> Result<Vec<Line>> {
 
 /// About what a model takes of video memory with all of its experts, before its weights are read, and what
 /// these take of it.
-pub fn whole_bytes(container: &Container, options: &Options) -> [u64; 2] {
-    let (shape, layouts) = (container.shape(), container.layouts());
-    let most = options.prefill_chunk.min(context(shape, options).unwrap_or(1));
-    let of_chunk = super::chunk::layout(shape, options, most, u64::MAX);
-    let of_token = Layout::new(shape, top_k(shape, options), 1);
-    let scratch = scratch_bytes([&of_token, &of_chunk], shape);
+pub fn whole_bytes(stored: &Stored, options: &Options) -> [u64; 2] {
+    let Stored { shape, records, dense_bytes } = *stored;
     // A context that is no good is refused where the memory is planned.
     let context = context(shape, options).unwrap_or(0);
-    let records: usize = layouts.iter().map(RecordLayout::record_bytes).sum();
-    let experts = (shape.moe.experts * records) as u64;
-    let whole = Weights::stored_bytes(container)
+    let each: usize = records.iter().map(RecordLayout::record_bytes).sum();
+    let experts = (shape.moe.experts * each) as u64;
+    let of_token = Layout::new(shape, top_k(shape, options), 1);
+    let whole = dense_bytes
         + options.sessions.max(1) as u64 * memory_bytes(shape, options, context)
-        + scratch
-        + tiers::bytes(&of_token, shape, record_bytes(layouts))
+        + chunk_bytes(shape, options)
+        + tiers::bytes(&of_token, shape, record_bytes(records))
         + DRIVER_BYTES
         + experts;
     [whole, experts]
+}
+
+/// Scratch of a chunk and of a token.
+fn chunk_bytes(shape: &Shape, options: &Options) -> u64 {
+    let most = options.prefill_chunk.min(context(shape, options).unwrap_or(1));
+    let of_chunk = super::chunk::layout(shape, options, most, u64::MAX);
+    scratch_bytes([&Layout::new(shape, top_k(shape, options), 1), &of_chunk], shape)
+}
+
+/// Tokens of a chunk where none were asked for: on a discrete GPU more than elsewhere, since the experts that
+/// it misses are brought once a chunk, while its scratch takes at most a sixteenth of the memory and keeps
+/// no expert out that had room without.
+///
+/// # Errors
+/// No such adapter, or it does not say how much memory it has.
+pub fn prefill_chunk(stored: &Stored, options: &Options, wanted: &GpuOptions) -> Result<usize> {
+    let (_, adapter) = pick(wanted.adapter)?;
+    match adapter.kind {
+        AdapterKind::Discrete => Ok(chunk_within(limit(&adapter, wanted)?, stored, options)),
+        _ => Ok(options.prefill_chunk),
+    }
+}
+
+fn chunk_within(memory: u64, stored: &Stored, options: &Options) -> usize {
+    let with = |chunk| Options { prefill_chunk: chunk, ..options.clone() };
+    let holds_all = |options: &Options| whole_bytes(stored, options)[0] <= memory;
+    let fits = |chunk: &usize| {
+        let larger = with(*chunk);
+        chunk_bytes(stored.shape, &larger) <= memory / 16
+            && holds_all(&larger) == holds_all(options)
+    };
+    CHUNKS.into_iter().find(fits).unwrap_or(options.prefill_chunk)
 }
 
 fn scratch_bytes(layouts: [&Layout; 2], shape: &Shape) -> u64 {
@@ -204,4 +232,33 @@ fn memory_bytes(shape: &Shape, options: &Options, context: usize) -> u64 {
     });
     shape.count(Mix::Attention) as u64 * kv.bytes(context)
         + shape.count(Mix::DeltaNet) as u64 * delta
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::container::Container;
+    use std::path::Path;
+
+    #[test]
+    fn a_chunk_takes_little_memory_and_keeps_no_expert_out() {
+        let tiny = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models/tiny");
+        let container = Container::open(&tiny).expect("the built-in model");
+        let stored = Stored {
+            shape: container.shape(),
+            records: container.layouts(),
+            dense_bytes: Weights::stored_bytes(&container),
+        };
+        let options = Options { context: Some(2048), prefill_chunk: 100, ..Options::default() };
+        let of = |chunk| Options { prefill_chunk: chunk, ..options.clone() };
+        let within = |memory| chunk_within(memory, &stored, &options);
+        let least = |chunk| {
+            let larger = of(chunk);
+            let whole = whole_bytes(&stored, &larger)[0];
+            whole.max(16 * chunk_bytes(stored.shape, &larger))
+        };
+        assert!(least(2048) > least(1024));
+        assert_eq!([least(2048), least(2048) - 1].map(within), [2048, 1024]);
+        assert_eq!([least(1024) - 1, whole_bytes(&stored, &options)[0]].map(within), [100, 100]);
+    }
 }

@@ -161,6 +161,21 @@ impl Gpu {
         self.landed(work, slots, records, also)
     }
 
+    /// As [`Gpu::stage`], while earlier parts of the same layer are computed: behind them where commands can
+    /// bring it, since writing slots would wait for the device, and it then for this.
+    fn stage_scan<'g>(
+        &'g self,
+        host: &Host,
+        work: &mut Work<'g>,
+        slots: &LayerSlots,
+        records: &[(&Record, (ExpertId, SlotId))],
+    ) -> Result<()> {
+        match self.budget.is_shared {
+            true => self.stage(host, work, slots, records, &[]),
+            false => self.stage_behind(host, work, slots, records, &[]),
+        }
+    }
+
     /// As [`Gpu::stage`], to slots that what was submitted before may still read.
     fn stage_behind<'g>(
         &'g self,
@@ -223,7 +238,7 @@ impl Gpu {
                 let (now, later) = places.split_at(records.len());
                 let staged: Vec<_> = records.iter().zip(now.iter().copied()).collect();
                 let mut work = work();
-                self.stage(host, &mut work, slots, &staged, &[])?;
+                self.stage_scan(host, &mut work, slots, &staged)?;
                 then(&mut work, done..done + now.len());
                 let submission = Commands::submit(&self.device, [work.finish()]);
                 slots.read_by(&submission, now.iter().map(|(_, slot)| *slot));

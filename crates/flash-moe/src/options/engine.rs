@@ -11,10 +11,11 @@ use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
 use flash_moe_engine::container::Container;
 use flash_moe_engine::engine::Options;
-use flash_moe_engine::gpu::{self, GpuOptions, Misses};
+use flash_moe_engine::gpu::{self, GpuOptions, Misses, Stored};
 use flash_moe_engine::kv_cache::{KvFormat, PAGE_POSITIONS};
 use flash_moe_engine::store::{IoMode, Reader};
 use flash_moe_engine::tokenizer::{TOKENIZER_FILE, Tokenizer};
+use flash_moe_engine::weights::Weights;
 use flash_moe_engine::{Arithmetic, Lookahead};
 use flash_moe_kernels::Isa;
 
@@ -111,10 +112,9 @@ pub struct EngineArgs {
     pub kv_recent: Option<usize>,
 
     /// Prompt tokens computed together. Larger chunks read each expert less often and take more
-    /// memory.
-    #[arg(long, value_name = "N", default_value = "512", value_parser = at_least_one)]
-    #[arg(help_heading = "Machine")]
-    pub prefill_chunk: usize,
+    /// memory [default: 512; on a discrete GPU 2048, or 1024, while that takes little of its memory].
+    #[arg(long, value_name = "N", value_parser = at_least_one, help_heading = "Machine")]
+    pub prefill_chunk: Option<usize>,
 
     /// Stretch the positions that the model was trained for this many times (YaRN). Lossy: it changes
     /// results at every position.
@@ -287,7 +287,25 @@ impl EngineArgs {
             ..self.machine_options(context)?
         };
         let auto = |exact: &Options, wanted| gpu::auto(&model.container, exact, wanted);
-        self.on_device(&auto, options)
+        let options = self.on_device(&auto, options)?;
+        let stored = Stored {
+            shape: model.container.shape(),
+            records: model.container.layouts(),
+            dense_bytes: Weights::stored_bytes(&model.container),
+        };
+        self.in_chunks(&stored, options)
+    }
+
+    /// The same with the chunk of a prompt that the device takes best, unless one was asked for.
+    ///
+    /// # Errors
+    /// There is no such device.
+    pub fn in_chunks(&self, stored: &Stored, options: Options) -> Result<Options> {
+        let chunk = match (&options.gpu, self.prefill_chunk) {
+            (Some(wanted), None) => gpu::prefill_chunk(stored, &options, wanted)?,
+            _ => options.prefill_chunk,
+        };
+        Ok(Options { prefill_chunk: chunk, ..options })
     }
 
     /// The options for dimensions alone: `auto` is the processor, since what a GPU would have to hold is not
@@ -350,6 +368,7 @@ impl EngineArgs {
     /// # Errors
     /// An instruction set that this CPU does not have.
     pub fn machine_options(&self, context: Option<usize>) -> Result<Options> {
+        let defaults = Options::default();
         Ok(Options {
             threads: self.threads.unwrap_or_else(cores),
             isa: self.isa.resolve()?,
@@ -359,11 +378,11 @@ impl EngineArgs {
             io: self.io.mode(),
             kv_cache: self.kv_format()?,
             experts_per_token: self.experts_per_token,
-            prefill_chunk: self.prefill_chunk,
+            prefill_chunk: self.prefill_chunk.unwrap_or(defaults.prefill_chunk),
             readers: self.readers,
             reader: self.reader.mode(),
             lookahead: self.lookahead.mode(),
-            ..Options::default()
+            ..defaults
         })
     }
 

@@ -12,6 +12,7 @@ use anyhow::{Context, Result};
 use flash_moe_engine::budget::{self, Demand};
 use flash_moe_engine::container::{Container, RecordLayout};
 use flash_moe_engine::engine::Options;
+use flash_moe_engine::gpu::Stored;
 use flash_moe_engine::shape::Shape;
 use flash_moe_engine::store::measure::RecordFiles;
 use flash_moe_engine::timing::Stage;
@@ -58,6 +59,10 @@ impl Subject {
             Some(model) => Self::like(args, model),
             None => Self::container(args),
         }?;
+        if args.like.is_some() {
+            let options = subject.options.clone();
+            subject.options = args.engine.in_chunks(&subject.stored(), options)?;
+        }
         subject.options = budget::shared(&subject.demand(), &subject.options)?;
         Ok(subject)
     }
@@ -121,6 +126,11 @@ impl Subject {
             embedding_bytes: self.work.dense(Stage::Embed).bytes,
             slot_bytes: self.slot_bytes,
         }
+    }
+
+    /// What it takes as it is stored.
+    pub fn stored(&self) -> Stored<'_> {
+        Stored { shape: &self.shape, records: &self.records, dense_bytes: self.dense_bytes }
     }
 
     /// Bytes of the dense weights and all records.

@@ -8,7 +8,7 @@ use std::fmt::Write as _;
 
 use flash_moe_engine::budget::gib;
 use flash_moe_engine::gpu::{
-    self, DeviceLimits, GpuOptions, MissPlan, MissRates, Misses, SHARES, VideoBudget,
+    self, DeviceLimits, GpuOptions, MissPlan, MissRates, Misses, SHARES, Stored, VideoBudget,
 };
 use flash_moe_engine::pool::Pool;
 use flash_moe_engine::timing::Stage;
@@ -71,7 +71,8 @@ impl VideoPlan {
         let embedding = subject.work.dense(Stage::Embed).bytes;
         let stays = if subject.shape.tied_head { 0 } else { embedding };
         let dense_bytes = subject.dense_bytes.saturating_sub(stays);
-        let budget = gpu::plan(&subject.shape, &subject.records, dense_bytes, options, wanted)?;
+        let stored = Stored { dense_bytes, ..subject.stored() };
+        let budget = gpu::plan(&stored, options, wanted)?;
         let pool = Pool::new(options.threads);
         let device = gpu::limits(wanted, &pool, effort.each)?;
         let compute = limits::expert_rate(&pool, options.isa, effort)?.min(rates.memory);
@@ -203,6 +204,7 @@ mod tests {
             experts: 256,
             resident: slots_each == 256,
             direct: false,
+            is_shared: false,
             buffer_bytes: 1 << 30,
         };
         VideoPlan::estimate(&budget, misses, &case, (DEVICE, 10e9, 1e9))

@@ -163,7 +163,7 @@ impl<'a> Run<'a> {
         let length = &self.args.length;
         let tokenizer = self.tokenizer.as_ref();
         let started = Instant::now();
-        let bar = prefill_bar(self.args, self.prompt.len());
+        let bar = prefill_bar(self.args, self.prompt.len(), self.engine.options().prefill_chunk);
         let progress = |done| bar.set_position(done as u64);
         let whole = prefill(session, &self.prompt, &self.interrupt, progress)?;
         bar.finish_and_clear();
@@ -369,11 +369,11 @@ fn spinner(args: &RunArgs, name: &str, budget: &Budget) -> ProgressBar {
 }
 
 /// A bar that moves with each chunk, or a sign of life while there is only one.
-fn prefill_bar(args: &RunArgs, tokens: usize) -> ProgressBar {
+fn prefill_bar(args: &RunArgs, tokens: usize, chunk: usize) -> ProgressBar {
     if !is_watched(args) {
         return ProgressBar::hidden();
     }
-    let style = match tokens > args.engine.prefill_chunk {
+    let style = match tokens > chunk {
         true => "reading the prompt {bar:30} {pos}/{len} tokens, {per_sec}, {eta} left",
         false => "{spinner} reading the prompt, {len} tokens",
     };
