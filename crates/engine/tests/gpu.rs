@@ -201,6 +201,36 @@ fn tensor_cores_change_a_prompt_by_roundings_alone() {
     }
 }
 
+/// Logits of a short message behind so many tokens, and of the greedy tokens after it, with these tokens.
+fn message_behind(engine: &Arc<Engine>, context: usize) -> (Vec<f32>, Vec<usize>) {
+    let mut session = Session::new(engine);
+    prefill(&mut session, 0..context);
+    prefill(&mut session, context..context + 5);
+    let (mut all, mut greedy) = (session.logits().to_vec(), Vec::new());
+    for _ in 0..6 {
+        let logits = session.logits();
+        let best = (0..logits.len()).max_by(|a, b| logits[*a].total_cmp(&logits[*b]));
+        greedy.push(best.expect("logits"));
+        let next = TokenId(greedy[greedy.len() - 1] as u32);
+        session.step(next).unwrap_or_else(|e| panic!("{e}"));
+        all.extend(session.logits());
+    }
+    (all, greedy)
+}
+
+#[test]
+fn a_short_message_behind_a_long_context_is_answered_as_by_the_cpu() {
+    // Parts of 512 positions and more: the message attends to three.
+    let long = |gpu| Options { context: Some(1700), prefill_chunk: 400, ..options(gpu) };
+    let (theirs, greedy) = message_behind(&open(&long(None)), 1600);
+    for adapter in all_adapters() {
+        let (ours, tokens) = message_behind(&open(&long(on(adapter))), 1600);
+        let apart = worst(&ours, &theirs);
+        assert!(apart <= BOUND, "it differs by {apart}");
+        assert_eq!(tokens, greedy);
+    }
+}
+
 #[test]
 fn keys_and_values_in_halves_are_those_of_the_cpu() {
     let halves = |gpu| Options { kv_cache: KvFormat::F16, ..options(gpu) };

@@ -11,8 +11,10 @@ use wgpu::{BindGroup, Buffer, ComputePass, ComputePipeline};
 use super::asked::Host;
 use super::clock::{Commands, Work};
 use super::dense::bytes_of;
-use super::kernels::{ChunkKernels, Compiler, Gemm, Tiles};
-use super::layout::{ATTEND_ROWS, DELTA_TOKENS, Layout, SHORT_PAIRS, short_tiles_at, top_k};
+use super::kernels::{AttentionChunk, ChunkKernels, Compiler, Gemm, Tiles};
+use super::layout::{
+    DELTA_TOKENS, Layout, SHORT_PAIRS, attend_blocks, context_parts, short_tiles_at, top_k,
+};
 use super::source::{Slabs, Sources, Tile};
 use super::step::difference;
 use super::timeline::LayerMemory;
@@ -174,11 +176,12 @@ impl Gpu {
         put("H_AT", input.h);
         put("COS_AT", input.cos);
         put("SIN_AT", input.sin);
-        put("TOKEN_AT", &[input.position, tokens].map(|n| f32::from_bits(n as u32)));
+        let part = context_parts(&self.shape, input.position, tokens).positions;
+        put("TOKEN_AT", &[input.position, tokens, 0, 0, part].map(|n| f32::from_bits(n as u32)));
         let mut before = input.h.to_vec();
         for (i, (layer, memory)) in self.layers.iter().zip(&timeline.layers).enumerate() {
             let mut work = self.chunk_work();
-            self.mix_rows(&mut work, layer, memory, tokens);
+            self.mix_rows(&mut work, layer, memory, (input.position, tokens));
             let Some(watch) = &mut watch else {
                 self.feed_rows(host, layer, tokens, work)?;
                 continue;
@@ -235,7 +238,13 @@ impl Gpu {
     }
 
     /// `h += mix(norm(h))` of every token.
-    fn mix_rows(&self, work: &mut Work, layer: &Layer, memory: &LayerMemory, tokens: usize) {
+    fn mix_rows(
+        &self,
+        work: &mut Work,
+        layer: &Layer,
+        memory: &LayerMemory,
+        (position, tokens): (usize, usize),
+    ) {
         let k = &self.chunk.kernels;
         match (&layer.mix, &k.attention, &k.delta) {
             (Mixing::Attention { project, norms, out }, Some(kernels), _) => {
@@ -247,11 +256,7 @@ impl Gpu {
                 pass.set_bind_group(1, norms, &[]);
                 pass.set_bind_group(2, &memory.write, &[]);
                 pass.dispatch_workgroups((a.heads + a.kv_heads) as u32, tokens as u32, 1);
-                pass.set_pipeline(&kernels.attend);
-                pass.set_bind_group(1, &memory.read, &[]);
-                let rows = tokens * a.heads / a.kv_heads;
-                let blocks = rows.div_ceil(ATTEND_ROWS);
-                pass.dispatch_workgroups(a.kv_heads as u32, blocks as u32, 1);
+                self.attend_rows(pass, kernels, memory, (position, tokens));
                 self.gemm(pass, &kernels.out, out, tokens);
             }
             (Mixing::DeltaNet { project, vectors, out }, _, Some(kernels)) => {
@@ -274,6 +279,26 @@ impl Gpu {
                 self.gemm(pass, &kernels.out, out, tokens);
             }
             _ => unreachable!("kernels are compiled for every kind of layer that there is"),
+        }
+    }
+
+    /// Attention of every token over all that it sees, in parts that are joined where a chunk has few rows.
+    fn attend_rows(
+        &self,
+        pass: &mut ComputePass,
+        kernels: &AttentionChunk,
+        memory: &LayerMemory,
+        (position, tokens): (usize, usize),
+    ) {
+        let a = &self.shape.attention;
+        let parts = context_parts(&self.shape, position, tokens).count;
+        let blocks = attend_blocks(&self.shape, tokens) as u32;
+        pass.set_pipeline(if parts == 1 { &kernels.attend } else { &kernels.attend_part });
+        pass.set_bind_group(1, &memory.read, &[]);
+        pass.dispatch_workgroups(a.kv_heads as u32, blocks, parts as u32);
+        if parts > 1 {
+            pass.set_pipeline(&kernels.combine);
+            pass.dispatch_workgroups((tokens * a.heads) as u32, 1, 1);
         }
     }
 

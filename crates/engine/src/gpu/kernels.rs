@@ -126,6 +126,8 @@ pub struct Gemm {
 pub struct AttentionChunk {
     pub turn: ComputePipeline,
     pub attend: ComputePipeline,
+    pub attend_part: ComputePipeline,
+    pub combine: ComputePipeline,
     pub out: Gemm,
 }
 
@@ -305,9 +307,12 @@ impl Compiler<'_> {
         let (v, a) = (self.views, &self.shape.attention);
         let turn = sources.turn(self.halves);
         let attend = sources.attend_rows(self.halves, a.head_dim);
+        let attend_part = sources.attend_rows_part(self.halves, a.head_dim);
         Ok(AttentionChunk {
             turn: self.device.kernel("turn", &turn, &[&v.scratch, &v.read, &v.write])?,
             attend: self.device.kernel("attend", &attend, &[&v.scratch, &v.read])?,
+            attend_part: self.device.kernel("attend part", &attend_part, &[&v.scratch, &v.read])?,
+            combine: self.device.kernel("combine", &sources.combine_rows(), &[&v.scratch])?,
             out: self.gemm(sources, Rows::Mixed, Give::Add, a.heads * a.head_dim)?,
         })
     }
