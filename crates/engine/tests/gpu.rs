@@ -11,9 +11,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use flash_moe_engine::Arithmetic;
-use flash_moe_engine::container::Container;
+use flash_moe_engine::container::{Container, Precision, ScaleKind};
 use flash_moe_engine::engine::{Engine, Options};
-use flash_moe_engine::gpu::{GpuOptions, Misses, adapters};
+use flash_moe_engine::gpu::{ChunkOf, GpuOptions, Misses, adapters, chunk_rates};
 use flash_moe_engine::kv_cache::KvFormat;
 use flash_moe_engine::session::Session;
 use flash_moe_engine::shape::{ExpertId, LayerId, TokenId};
@@ -485,6 +485,28 @@ fn kernels_by_themselves_touch_no_session() {
         assert!(kernels.iter().all(|k| k.seconds > 0.0));
         let weightless = |name| ["turn", "combine"].contains(&name);
         assert!(kernels.iter().all(|k| (k.bytes > 0) != weightless(k.name)), "{kernels:?}");
+    }
+}
+
+#[test]
+fn what_is_timed_of_a_chunk_is_checked_in_every_format() {
+    let container = Container::open(&tiny()).expect("the built-in model");
+    let (shape, records) = (container.shape(), container.layouts());
+    let formats = [
+        (Precision::Affine { bits: 4, group: 64, scales: ScaleKind::Bf16 }, KvFormat::F32),
+        (Precision::Affine { bits: 8, group: 32, scales: ScaleKind::F16 }, KvFormat::F16),
+        (Precision::Bf16, KvFormat::F32),
+    ];
+    for gpu in all_adapters().into_iter().flat_map(both_ways) {
+        for (dense, kv_cache) in formats {
+            let options = Options { kv_cache, ..options(gpu.clone()) };
+            let of = ChunkOf { shape, records, dense, options: &options };
+            let wanted = options.gpu.as_ref().expect("a GPU");
+            let rates = chunk_rates(&of, wanted, Duration::ZERO).unwrap_or_else(|e| panic!("{e}"));
+            assert_eq!((rates.tokens, rates.tensor_cores), (40, !wanted.plain));
+            let all = [rates.dense, rates.experts, rates.attention];
+            assert!(all.iter().all(|rate| *rate > 0.0 && rate.is_finite()), "{rates:?}");
+        }
     }
 }
 

@@ -283,7 +283,11 @@ impl Compiler<'_> {
         })
     }
 
-    fn gemm(&self, sources: &Sources, rows: Rows, give: Give, cols: usize) -> Result<Gemm> {
+    /// Products of matrices of so many columns with a chunk's rows.
+    ///
+    /// # Errors
+    /// The driver refuses one.
+    pub fn gemm(&self, sources: &Sources, rows: Rows, give: Give, cols: usize) -> Result<Gemm> {
         let v = self.views;
         let source = |tile| sources.by_rows(rows, give, cols, tile);
         let split = || self.device.kernel("split", &sources.split(rows, cols), &[&v.scratch]);
@@ -333,7 +337,11 @@ impl Compiler<'_> {
         })
     }
 
-    fn experts_chunk(&self, sources: &Sources, slabs: &Slabs) -> Result<ExpertChunk> {
+    /// Products of experts with a chunk's rows.
+    ///
+    /// # Errors
+    /// The driver refuses one.
+    pub fn experts_chunk(&self, sources: &Sources, slabs: &Slabs) -> Result<ExpertChunk> {
         let (v, sizes) = (self.views, (self.shape.hidden, self.shape.moe.width));
         let groups = [&v.scratch, &v.slots[slabs.slabs - 1], &v.read];
         let up = |tile| sources.gemm_up(slabs, sizes, tile);

@@ -68,11 +68,14 @@ pub fn attend_blocks(shape: &Shape, tokens: usize) -> usize {
 }
 
 /// The parts for a chunk of so many tokens from a position on: as many as make workgroups for a large
-/// device, one where the chunk has enough of them by itself or the context is short.
+/// device, one where the chunk has half of them by itself or the context is short.
 pub fn context_parts(shape: &Shape, position: usize, tokens: usize) -> ContextParts {
     let groups = attend_blocks(shape, tokens) * shape.attention.kv_heads;
     let end = position + tokens;
-    let most = (ATTEND_GROUPS / groups).min(SPLITS_MAX).min(end / PART_POSITIONS).max(1);
+    let most = match 2 * groups < ATTEND_GROUPS {
+        true => (ATTEND_GROUPS / groups).min(SPLITS_MAX).min(end / PART_POSITIONS).max(1),
+        false => 1,
+    };
     let positions = end.div_ceil(most).next_multiple_of(32);
     ContextParts { count: end.div_ceil(positions), positions }
 }
@@ -244,7 +247,8 @@ pub fn short_tiles_at(pairs: usize) -> usize {
     4 * (pairs / (SHORT_PAIRS + 1))
 }
 
-fn query_stride(shape: &Shape) -> usize {
+/// Words of a query head: its query, and its output gate where it has one.
+pub fn query_stride(shape: &Shape) -> usize {
     shape.attention.head_dim * if shape.attention.gate { 2 } else { 1 }
 }
 
@@ -275,7 +279,7 @@ mod tests {
                     let parts = context_parts(&shape, position, tokens);
                     let (count, end) = (parts.count, position + tokens);
                     assert!((count - 1) * parts.positions < end && end <= count * parts.positions);
-                    assert!(parts.positions % 32 == 0 && count <= SPLITS_MAX);
+                    assert!(parts.positions.is_multiple_of(32) && count <= SPLITS_MAX);
                     assert!(count == 1 || parts.positions >= PART_POSITIONS);
                     let groups = attend_blocks(&shape, tokens) * kv_heads;
                     assert!(count == 1 || groups * count <= ATTEND_GROUPS);
@@ -293,6 +297,6 @@ mod tests {
         assert_eq!((attend_blocks(&shape, 20), count(30_000, 20)), (3, 41));
         assert_eq!((count(1000, 20), count(1004, 20), count(4_000_000, 2)), (1, 2, 64));
         // Blocks enough by itself.
-        assert_eq!((count(30_000, 512), count(30_000, 513)), (2, 1));
+        assert_eq!((count(30_000, 504), count(30_000, 505)), (2, 1));
     }
 }
