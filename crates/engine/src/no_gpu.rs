@@ -10,8 +10,9 @@ use std::fmt;
 use std::time::Duration;
 
 pub use asked::{
-    ChunkInput, DeviceLimits, GpuCounters, GpuOptions, Host, KernelRate, Logits, MissPlan,
-    MissRates, Misses, NO_ADAPTER, SHARES, Stored, Token, VideoBudget, Watch, uploads_bytes,
+    ChunkInput, ChunkOf, ChunkRates, DeviceLimits, GpuCounters, GpuOptions, Host, KernelRate,
+    Logits, MissPlan, MissRates, Misses, NO_ADAPTER, SHARES, Stored, Token, VideoBudget, Watch,
+    uploads_bytes,
 };
 
 use crate::container::Container;
@@ -68,6 +69,14 @@ pub fn shared_memory(_: &GpuOptions) -> Result<Option<u64>> {
 /// # Errors
 /// Always.
 pub fn limits(_: &GpuOptions, _: &Pool, _: Duration) -> Result<DeviceLimits> {
+    Err(Error::Gpu(NOT_BUILT.into()))
+}
+
+/// Refuses.
+///
+/// # Errors
+/// Always.
+pub fn chunk_rates(_: &ChunkOf, _: &GpuOptions, _: Duration) -> Result<ChunkRates> {
     Err(Error::Gpu(NOT_BUILT.into()))
 }
 

@@ -11,9 +11,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use flash_moe_engine::Arithmetic;
-use flash_moe_engine::container::Container;
+use flash_moe_engine::container::{Container, Precision, ScaleKind};
 use flash_moe_engine::engine::{Engine, Options};
-use flash_moe_engine::gpu::{AdapterKind, GpuOptions, Misses, adapters};
+use flash_moe_engine::gpu::{AdapterKind, ChunkOf, GpuOptions, Misses, adapters, chunk_rates};
 use flash_moe_engine::kv_cache::KvFormat;
 use flash_moe_engine::session::Session;
 use flash_moe_engine::shape::{ExpertId, LayerId, TokenId};
@@ -198,6 +198,36 @@ fn tensor_cores_change_a_prompt_by_roundings_alone() {
         println!("adapter {adapter}: logits of both ways are {apart} apart");
         // Other bits, or they were not used.
         assert!(apart > 0.0 && apart <= BOUND, "they are {apart} apart");
+    }
+}
+
+/// Logits of a short message behind so many tokens, and of the greedy tokens after it, with these tokens.
+fn message_behind(engine: &Arc<Engine>, context: usize) -> (Vec<f32>, Vec<usize>) {
+    let mut session = Session::new(engine);
+    prefill(&mut session, 0..context);
+    prefill(&mut session, context..context + 5);
+    let (mut all, mut greedy) = (session.logits().to_vec(), Vec::new());
+    for _ in 0..6 {
+        let logits = session.logits();
+        let best = (0..logits.len()).max_by(|a, b| logits[*a].total_cmp(&logits[*b]));
+        greedy.push(best.expect("logits"));
+        let next = TokenId(greedy[greedy.len() - 1] as u32);
+        session.step(next).unwrap_or_else(|e| panic!("{e}"));
+        all.extend(session.logits());
+    }
+    (all, greedy)
+}
+
+#[test]
+fn a_short_message_behind_a_long_context_is_answered_as_by_the_cpu() {
+    // Parts of 512 positions and more: the message attends to three.
+    let long = |gpu| Options { context: Some(1700), prefill_chunk: 400, ..options(gpu) };
+    let (theirs, greedy) = message_behind(&open(&long(None)), 1600);
+    for adapter in all_adapters() {
+        let (ours, tokens) = message_behind(&open(&long(on(adapter))), 1600);
+        let apart = worst(&ours, &theirs);
+        assert!(apart <= BOUND, "it differs by {apart}");
+        assert_eq!(tokens, greedy);
     }
 }
 
@@ -492,6 +522,28 @@ fn memory_that_both_have_is_shared_out_once() {
         assert!(both <= limit && both > limit - limit / 20, "{both} of {limit}");
         let apart = open(&options(on(adapter)));
         assert!(logits(&engine, 6) == logits(&apart, 6));
+    }
+}
+
+#[test]
+fn what_is_timed_of_a_chunk_is_checked_in_every_format() {
+    let container = Container::open(&tiny()).expect("the built-in model");
+    let (shape, records) = (container.shape(), container.layouts());
+    let formats = [
+        (Precision::Affine { bits: 4, group: 64, scales: ScaleKind::Bf16 }, KvFormat::F32),
+        (Precision::Affine { bits: 8, group: 32, scales: ScaleKind::F16 }, KvFormat::F16),
+        (Precision::Bf16, KvFormat::F32),
+    ];
+    for gpu in all_adapters().into_iter().flat_map(both_ways) {
+        for (dense, kv_cache) in formats {
+            let options = Options { kv_cache, ..options(gpu.clone()) };
+            let of = ChunkOf { shape, records, dense, options: &options };
+            let wanted = options.gpu.as_ref().expect("a GPU");
+            let rates = chunk_rates(&of, wanted, Duration::ZERO).unwrap_or_else(|e| panic!("{e}"));
+            assert_eq!((rates.tokens, rates.tensor_cores), (40, !wanted.plain));
+            let all = [rates.dense, rates.experts, rates.attention];
+            assert!(all.iter().all(|rate| *rate > 0.0 && rate.is_finite()), "{rates:?}");
+        }
     }
 }
 

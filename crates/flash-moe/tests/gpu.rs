@@ -157,6 +157,12 @@ fn a_plan_for_a_gpu_adds_up_and_a_bench_holds_its_stages_against_it() {
     assert_eq!((&video["slots"], &video["computed_eighths"]), (&8.into(), &8.into()), "{video}");
     let [low, high] = ["low", "high"].map(|end| number(&video["decode"][end]));
     assert!(low > 0.0 && low <= high && high.is_finite(), "{video}");
+    let [low, high] = ["low", "high"].map(|end| number(&video["prefill"][end]));
+    assert!(low > 0.0 && low <= high && high.is_finite(), "{video}");
+    assert_eq!(video["chunk"]["tokens"], 64, "the context");
+    for what in ["dense", "experts", "attention"] {
+        assert!(number(&video["chunk"][format!("{what}_flops_per_second")]) > 0.0, "{video}");
+    }
     let asked = ["bench", "--context-at", "24,48", "--decode", "8", "--prefill", "24"];
     let found = object(&[&asked[..], &few, &["--context", "64"]].concat());
     assert!(number(&found["limits"]["gpu"]["read_bytes_per_second"]) > 0.0);
@@ -208,6 +214,8 @@ fn pages_about_a_gpu_are_at_most_100_columns_wide() {
         let widest = page.lines().map(|l| l.chars().count()).max();
         assert!(widest.is_some_and(|w| w <= 100), "{widest:?} columns:\n{page}");
         assert!(page.contains("an answer after") && page.contains("experts"), "{page}");
+        let has_prefill = page.contains("prefill tok/s of") && page.contains("answers checked");
+        assert_eq!(has_prefill, args[0] == "plan", "{page}");
     }
     let plan = ["plan", "--like", "qwen3.5-35b-a3b", "--quick", "--device", "gpu:0"];
     let scratch = text(&home.path(""));

@@ -8,7 +8,8 @@ use std::path::PathBuf;
 
 use crate::budget::{Line, gib};
 use crate::compute::Compute;
-use crate::container::RecordLayout;
+use crate::container::{Precision, RecordLayout};
+use crate::engine::Options;
 use crate::shape::Shape;
 use crate::store::ExpertStore;
 
@@ -230,6 +231,34 @@ pub struct DeviceLimits {
     pub upload: f64,
     /// Seconds until it has answered anything.
     pub round_trip: f64,
+}
+
+/// A model's chunk, as its speed is measured.
+#[derive(Clone, Copy, Debug)]
+pub struct ChunkOf<'a> {
+    /// The model.
+    pub shape: &'a Shape,
+    /// Of each layer that has experts.
+    pub records: &'a [RecordLayout],
+    /// How most of the dense weights are stored.
+    pub dense: Precision,
+    /// Its chunk, its context, its experts for a token.
+    pub options: &'a Options,
+}
+
+/// What a device computes of a chunk, in operations a second: a multiplication and an addition are two.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct ChunkRates {
+    /// Tokens that are taken together.
+    pub tokens: usize,
+    /// Whether products go to tensor cores.
+    pub tensor_cores: bool,
+    /// Products of dense weights with all tokens.
+    pub dense: f64,
+    /// Products of experts with those that chose them.
+    pub experts: f64,
+    /// Scores and mixes of attention.
+    pub attention: f64,
 }
 
 /// A kernel over all layers that have it.

@@ -11,14 +11,16 @@ use wgpu::{BindGroup, Buffer, ComputePass, ComputePipeline};
 use super::asked::Host;
 use super::clock::{Commands, Work};
 use super::dense::bytes_of;
-use super::kernels::{ChunkKernels, Compiler, Gemm, Tiles};
-use super::layout::{ATTEND_ROWS, DELTA_TOKENS, Layout, SHORT_PAIRS, short_tiles_at, top_k};
+use super::kernels::{AttentionChunk, ChunkKernels, Compiler, ExpertChunk, Gemm, Tiles};
+use super::layout::{
+    DELTA_TOKENS, Layout, SHORT_PAIRS, attend_blocks, context_parts, short_tiles_at, top_k,
+};
 use super::source::{Slabs, Sources, Tile};
 use super::step::difference;
 use super::timeline::LayerMemory;
 use super::{ChunkInput, Experts, Feeding, Gpu, Layer, Mixing, Part, Timeline, Watch};
 use crate::error::Result;
-use crate::shape::ExpertId;
+use crate::shape::{ExpertId, Shape};
 use crate::timing::Stage;
 
 /// Bytes of the scratch of a chunk at most: a chunk that needs more is taken in parts.
@@ -37,7 +39,7 @@ pub struct Chunk {
 
 /// The layout for as many tokens at once as fit, `most` at most.
 pub fn layout(
-    shape: &crate::shape::Shape,
+    shape: &Shape,
     options: &crate::engine::Options,
     most: usize,
     buffer_bytes: u64,
@@ -78,7 +80,7 @@ impl Sorted {
     }
 
     /// Tall and short tiles of some of the experts, which ascend.
-    fn tiles_of(&self, experts: &[ExpertId]) -> [Vec<[u32; 4]>; 2] {
+    pub(super) fn tiles_of(&self, experts: &[ExpertId]) -> [Vec<[u32; 4]>; 2] {
         let is_one = |tile: &&[u32; 4]| experts.binary_search(&ExpertId(tile[0] as u16)).is_ok();
         [&self.tall, &self.short].map(|tiles| tiles.iter().filter(is_one).copied().collect())
     }
@@ -146,6 +148,52 @@ pub fn lists_bytes(layout: &Layout, experts: usize) -> u64 {
     (tokens_at(pairs, experts) + 2 * pairs) as u64 * 4
 }
 
+/// Matrices times all tokens, behind what splits their rows.
+pub(super) fn gemm(pass: &mut ComputePass, kernels: &Gemm, parts: &[Part], tokens: usize) {
+    if let Some(split) = &kernels.split {
+        pass.set_pipeline(split);
+        pass.dispatch_workgroups(tokens as u32, 1, 1);
+    }
+    let (kernel, tile) = match tokens > SHORT_PAIRS {
+        true => (&kernels.tiles.tall, Tile::Tall),
+        false => (&kernels.tiles.short, Tile::Short),
+    };
+    pass.set_pipeline(kernel);
+    for part in parts {
+        pass.set_bind_group(1, &part.group, &[]);
+        pass.dispatch_workgroups(part.tiles, tokens.div_ceil(tile.vectors()) as u32, 1);
+    }
+}
+
+/// The experts in `slots` times their tokens, for so many tall and short tiles that are in `lists`.
+pub(super) fn products_of_experts(
+    pass: &mut ComputePass,
+    kernels: &ExpertChunk,
+    [slots, lists]: [&BindGroup; 2],
+    shape: &Shape,
+    tiles: [usize; 2],
+) {
+    let by_tile = |pass: &mut ComputePass, kernels: &Tiles, groups: [usize; 2]| {
+        let kernels = [&kernels.tall, &kernels.short].into_iter().zip(groups);
+        for ((kernel, groups), tiles) in kernels.zip(tiles).filter(|(_, tiles)| *tiles > 0) {
+            pass.set_pipeline(kernel);
+            pass.dispatch_workgroups(groups as u32, tiles as u32, 1);
+        }
+    };
+    let bind = |pass: &mut ComputePass| {
+        pass.set_bind_group(1, slots, &[]);
+        pass.set_bind_group(2, lists, &[]);
+    };
+    bind(pass);
+    by_tile(pass, &kernels.up, [shape.moe.width.div_ceil(64); 2]);
+    if let Some(split) = &kernels.split {
+        pass.set_bind_group(1, lists, &[]);
+        by_tile(pass, split, [Tile::Tall, Tile::Short].map(Tile::vectors));
+        bind(pass);
+    }
+    by_tile(pass, &kernels.down, [shape.hidden.div_ceil(64); 2]);
+}
+
 impl Gpu {
     /// Tokens that [`Gpu::chunk`] takes at most.
     pub fn chunk_tokens(&self) -> usize {
@@ -174,11 +222,12 @@ impl Gpu {
         put("H_AT", input.h);
         put("COS_AT", input.cos);
         put("SIN_AT", input.sin);
-        put("TOKEN_AT", &[input.position, tokens].map(|n| f32::from_bits(n as u32)));
+        let part = context_parts(&self.shape, input.position, tokens).positions;
+        put("TOKEN_AT", &[input.position, tokens, 0, 0, part].map(|n| f32::from_bits(n as u32)));
         let mut before = input.h.to_vec();
         for (i, (layer, memory)) in self.layers.iter().zip(&timeline.layers).enumerate() {
             let mut work = self.chunk_work();
-            self.mix_rows(&mut work, layer, memory, tokens);
+            self.mix_rows(&mut work, layer, memory, (input.position, tokens));
             let Some(watch) = &mut watch else {
                 self.feed_rows(host, layer, tokens, work)?;
                 continue;
@@ -218,47 +267,33 @@ impl Gpu {
         pass.dispatch_workgroups(counts[0] as u32, counts[1] as u32, 1);
     }
 
-    fn gemm(&self, pass: &mut ComputePass, kernels: &Gemm, parts: &[Part], tokens: usize) {
-        if let Some(split) = &kernels.split {
-            pass.set_pipeline(split);
-            pass.dispatch_workgroups(tokens as u32, 1, 1);
-        }
-        let (kernel, tile) = match tokens > SHORT_PAIRS {
-            true => (&kernels.tiles.tall, Tile::Tall),
-            false => (&kernels.tiles.short, Tile::Short),
-        };
-        pass.set_pipeline(kernel);
-        for part in parts {
-            pass.set_bind_group(1, &part.group, &[]);
-            pass.dispatch_workgroups(part.tiles, tokens.div_ceil(tile.vectors()) as u32, 1);
-        }
-    }
-
     /// `h += mix(norm(h))` of every token.
-    fn mix_rows(&self, work: &mut Work, layer: &Layer, memory: &LayerMemory, tokens: usize) {
+    fn mix_rows(
+        &self,
+        work: &mut Work,
+        layer: &Layer,
+        memory: &LayerMemory,
+        (position, tokens): (usize, usize),
+    ) {
         let k = &self.chunk.kernels;
         match (&layer.mix, &k.attention, &k.delta) {
             (Mixing::Attention { project, norms, out }, Some(kernels), _) => {
                 let a = &self.shape.attention;
                 let pass = work.stage(Stage::Attention, bytes_of(project) + bytes_of(out));
                 self.rows(pass, &k.norm, &project[0], [tokens, 1]);
-                self.gemm(pass, &k.project, project, tokens);
+                gemm(pass, &k.project, project, tokens);
                 pass.set_pipeline(&kernels.turn);
                 pass.set_bind_group(1, norms, &[]);
                 pass.set_bind_group(2, &memory.write, &[]);
                 pass.dispatch_workgroups((a.heads + a.kv_heads) as u32, tokens as u32, 1);
-                pass.set_pipeline(&kernels.attend);
-                pass.set_bind_group(1, &memory.read, &[]);
-                let rows = tokens * a.heads / a.kv_heads;
-                let blocks = rows.div_ceil(ATTEND_ROWS);
-                pass.dispatch_workgroups(a.kv_heads as u32, blocks as u32, 1);
-                self.gemm(pass, &kernels.out, out, tokens);
+                self.attend_rows(pass, kernels, memory, (position, tokens));
+                gemm(pass, &kernels.out, out, tokens);
             }
             (Mixing::DeltaNet { project, vectors, out }, _, Some(kernels)) => {
                 let d = self.shape.delta.as_ref().expect("a delta-net layer has its dimensions");
                 let pass = work.stage(Stage::DeltaNet, bytes_of(project) + bytes_of(out));
                 self.rows(pass, &k.norm, &project[0], [tokens, 1]);
-                self.gemm(pass, &k.project, project, tokens);
+                gemm(pass, &k.project, project, tokens);
                 pass.set_pipeline(&kernels.rows);
                 pass.set_bind_group(1, vectors, &[]);
                 pass.set_bind_group(2, &memory.read, &[]);
@@ -271,9 +306,29 @@ impl Gpu {
                 pass.set_bind_group(2, &memory.write, &[]);
                 pass.dispatch_workgroups(d.value_heads as u32, d.value_dim as u32 / 32, 1);
                 self.rows(pass, &kernels.heads, &out[0], [d.value_heads, tokens]);
-                self.gemm(pass, &kernels.out, out, tokens);
+                gemm(pass, &kernels.out, out, tokens);
             }
             _ => unreachable!("kernels are compiled for every kind of layer that there is"),
+        }
+    }
+
+    /// Attention of every token over all that it sees, in parts that are joined where a chunk has few rows.
+    fn attend_rows(
+        &self,
+        pass: &mut ComputePass,
+        kernels: &AttentionChunk,
+        memory: &LayerMemory,
+        (position, tokens): (usize, usize),
+    ) {
+        let a = &self.shape.attention;
+        let parts = context_parts(&self.shape, position, tokens).count;
+        let blocks = attend_blocks(&self.shape, tokens) as u32;
+        pass.set_pipeline(if parts == 1 { &kernels.attend } else { &kernels.attend_part });
+        pass.set_bind_group(1, &memory.read, &[]);
+        pass.dispatch_workgroups(a.kv_heads as u32, blocks, parts as u32);
+        if parts > 1 {
+            pass.set_pipeline(&kernels.combine);
+            pass.dispatch_workgroups((tokens * a.heads) as u32, 1, 1);
         }
     }
 
@@ -284,9 +339,9 @@ impl Gpu {
             Feeding::Dense { up, down } => {
                 let pass = work.stage(Stage::Dense, bytes_of(up) + bytes_of(down));
                 self.rows(pass, &k.norm, &up[0], [tokens, 1]);
-                self.gemm(pass, &k.project, up, tokens);
+                gemm(pass, &k.project, up, tokens);
                 let kernel = k.dense_down.as_ref().expect("compiled where a layer is dense");
-                self.gemm(pass, kernel, down, tokens);
+                gemm(pass, kernel, down, tokens);
                 Commands::submit(&self.device, [work.finish()]);
                 return self.device.check();
             }
@@ -294,7 +349,7 @@ impl Gpu {
         };
         let pass = work.stage(Stage::Route, bytes_of(&experts.route));
         self.rows(pass, &k.norm, &experts.route[0], [tokens, 1]);
-        self.gemm(pass, &k.project, &experts.route, tokens);
+        gemm(pass, &k.project, &experts.route, tokens);
         pass.set_pipeline(&k.choose);
         pass.dispatch_workgroups(tokens as u32, 1, 1);
         let chosen = self.read_rows_chosen(work, tokens)?;
@@ -351,7 +406,7 @@ impl Gpu {
         pass.set_bind_group(1, &self.chunk.lists_group, &[]);
         pass.dispatch_workgroups(tokens as u32, 1, 1);
         if let (Some(shared), Some(kernel)) = (&experts.shared, &k.shared_down) {
-            self.gemm(pass, kernel, std::slice::from_ref(shared), tokens);
+            gemm(pass, kernel, std::slice::from_ref(shared), tokens);
         }
         Commands::submit(&self.device, [work.finish()]);
         self.device.check()
@@ -372,25 +427,8 @@ impl Gpu {
         self.list(0, tiles[0].as_flattened());
         self.list(short_tiles_at(self.chunk.layout.pairs()), tiles[1].as_flattened());
         let pass = work.stage(Stage::Experts, (used * experts.slots.record_bytes()) as u64);
-        let by_tile = |pass: &mut ComputePass, kernels: &Tiles, groups: [usize; 2]| {
-            let kernels = [&kernels.tall, &kernels.short].into_iter().zip(groups);
-            for ((kernel, groups), tiles) in kernels.zip(tiles).filter(|(_, t)| !t.is_empty()) {
-                pass.set_pipeline(kernel);
-                pass.dispatch_workgroups(groups as u32, tiles.len() as u32, 1);
-            }
-        };
-        let bind = |pass: &mut ComputePass| {
-            pass.set_bind_group(1, &experts.slots.group, &[]);
-            pass.set_bind_group(2, &self.chunk.lists_group, &[]);
-        };
-        bind(pass);
-        by_tile(pass, &kernels.up, [self.shape.moe.width.div_ceil(64); 2]);
-        if let Some(split) = &kernels.split {
-            pass.set_bind_group(1, &self.chunk.lists_group, &[]);
-            by_tile(pass, split, [Tile::Tall, Tile::Short].map(Tile::vectors));
-            bind(pass);
-        }
-        by_tile(pass, &kernels.down, [self.shape.hidden.div_ceil(64); 2]);
+        let groups = [&experts.slots.group, &self.chunk.lists_group];
+        products_of_experts(pass, kernels, groups, &self.shape, [0, 1].map(|i| tiles[i].len()));
     }
 
     fn look_rows(&self, name: &str, words: usize) -> Result<Vec<f32>> {

@@ -126,6 +126,8 @@ pub struct Gemm {
 pub struct AttentionChunk {
     pub turn: ComputePipeline,
     pub attend: ComputePipeline,
+    pub attend_part: ComputePipeline,
+    pub combine: ComputePipeline,
     pub out: Gemm,
 }
 
@@ -281,7 +283,11 @@ impl Compiler<'_> {
         })
     }
 
-    fn gemm(&self, sources: &Sources, rows: Rows, give: Give, cols: usize) -> Result<Gemm> {
+    /// Products of matrices of so many columns with a chunk's rows.
+    ///
+    /// # Errors
+    /// The driver refuses one.
+    pub fn gemm(&self, sources: &Sources, rows: Rows, give: Give, cols: usize) -> Result<Gemm> {
         let v = self.views;
         let source = |tile| sources.by_rows(rows, give, cols, tile);
         let split = || self.device.kernel("split", &sources.split(rows, cols), &[&v.scratch]);
@@ -305,9 +311,12 @@ impl Compiler<'_> {
         let (v, a) = (self.views, &self.shape.attention);
         let turn = sources.turn(self.halves);
         let attend = sources.attend_rows(self.halves, a.head_dim);
+        let attend_part = sources.attend_rows_part(self.halves, a.head_dim);
         Ok(AttentionChunk {
             turn: self.device.kernel("turn", &turn, &[&v.scratch, &v.read, &v.write])?,
             attend: self.device.kernel("attend", &attend, &[&v.scratch, &v.read])?,
+            attend_part: self.device.kernel("attend part", &attend_part, &[&v.scratch, &v.read])?,
+            combine: self.device.kernel("combine", &sources.combine_rows(), &[&v.scratch])?,
             out: self.gemm(sources, Rows::Mixed, Give::Add, a.heads * a.head_dim)?,
         })
     }
@@ -328,7 +337,11 @@ impl Compiler<'_> {
         })
     }
 
-    fn experts_chunk(&self, sources: &Sources, slabs: &Slabs) -> Result<ExpertChunk> {
+    /// Products of experts with a chunk's rows.
+    ///
+    /// # Errors
+    /// The driver refuses one.
+    pub fn experts_chunk(&self, sources: &Sources, slabs: &Slabs) -> Result<ExpertChunk> {
         let (v, sizes) = (self.views, (self.shape.hidden, self.shape.moe.width));
         let groups = [&v.scratch, &v.slots[slabs.slabs - 1], &v.read];
         let up = |tile| sources.gemm_up(slabs, sizes, tile);

@@ -25,8 +25,13 @@ pub const SHORT_PAIRS: usize = 32;
 pub const DELTA_TOKENS: usize = 32;
 /// Words of what such tokens are to each other, for one head: two squares, and the fades on both sides.
 const PAIRS_WORDS: usize = 2 * DELTA_TOKENS * DELTA_TOKENS + 2 * DELTA_TOKENS;
-/// Words that tell a token's kernels about it.
-const TOKEN_WORDS: usize = 4;
+/// Workgroups that fill a large device, and that attend for a chunk at most where its context is cut into
+/// parts.
+const ATTEND_GROUPS: usize = 256;
+/// Positions of such a part at least: joining it costs little beside them.
+const PART_POSITIONS: usize = 512;
+/// Words that tell a token's kernels about it, or a chunk's about that.
+const TOKEN_WORDS: usize = 5;
 
 /// The scratch of one token or of a chunk, and the constants.
 pub struct Layout {
@@ -46,6 +51,33 @@ pub fn block(cols: usize) -> usize {
 pub fn grouped(shape: &Shape) -> usize {
     let each = shape.attention.heads / shape.attention.kv_heads;
     (1..=GROUPED_MAX.min(each)).rev().find(|n| each.is_multiple_of(*n)).unwrap_or(1)
+}
+
+/// The parts in which a chunk's rows attend to the context.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct ContextParts {
+    /// One: it is not cut.
+    pub count: usize,
+    /// Positions of each but the last.
+    pub positions: usize,
+}
+
+/// Blocks of rows of a chunk of so many tokens, for each key/value head.
+pub fn attend_blocks(shape: &Shape, tokens: usize) -> usize {
+    (tokens * shape.attention.heads / shape.attention.kv_heads).div_ceil(ATTEND_ROWS)
+}
+
+/// The parts for a chunk of so many tokens from a position on: as many as make workgroups for a large
+/// device, one where the chunk has half of them by itself or the context is short.
+pub fn context_parts(shape: &Shape, position: usize, tokens: usize) -> ContextParts {
+    let groups = attend_blocks(shape, tokens) * shape.attention.kv_heads;
+    let end = position + tokens;
+    let most = match 2 * groups < ATTEND_GROUPS {
+        true => (ATTEND_GROUPS / groups).min(SPLITS_MAX).min(end / PART_POSITIONS).max(1),
+        false => 1,
+    };
+    let positions = end.div_ceil(most).next_multiple_of(32);
+    ContextParts { count: end.div_ceil(positions), positions }
 }
 
 impl Layout {
@@ -185,12 +217,19 @@ impl Layout {
             self.place("CONVOLVED_AT", self.rows * d.conv_channels());
             self.place("PAIRS_AT", parts * PAIRS_WORDS);
         }
+        let a = &shape.attention;
+        self.place("PARTS_AT", parts_most(a.heads, self.rows) * (a.head_dim + 2));
         self.place("OUTPUT_AT", self.rows * top_k * shape.hidden);
         // By which powers of two rows are shifted for tensor cores.
         self.place("ROW_SHIFTS_AT", self.rows);
         self.place("PAIR_SHIFTS_AT", self.pairs);
         self.names.push(("SHORT_TILES_AT", short_tiles_at(self.pairs)));
     }
+}
+
+/// Parts of query heads of so many tokens at most, whatever the context.
+fn parts_most(heads: usize, tokens: usize) -> usize {
+    (tokens * heads * SPLITS_MAX).min(ATTEND_GROUPS * ATTEND_ROWS)
 }
 
 /// Tokens whose keys and queries are multiplied with the state at a time, and keys that are added to it
@@ -208,11 +247,56 @@ pub fn short_tiles_at(pairs: usize) -> usize {
     4 * (pairs / (SHORT_PAIRS + 1))
 }
 
-fn query_stride(shape: &Shape) -> usize {
+/// Words of a query head: its query, and its output gate where it has one.
+pub fn query_stride(shape: &Shape) -> usize {
     shape.attention.head_dim * if shape.attention.gate { 2 } else { 1 }
 }
 
 /// Experts chosen for a token.
 pub fn top_k(shape: &Shape, options: &Options) -> usize {
     options.experts_per_token.unwrap_or(shape.moe.top_k)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::container::Container;
+
+    fn shape(heads: usize, kv_heads: usize) -> Shape {
+        let tiny = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models/tiny");
+        let container = Container::open(&tiny).expect("the built-in model");
+        let mut shape = container.shape().clone();
+        (shape.attention.heads, shape.attention.kv_heads) = (heads, kv_heads);
+        shape
+    }
+
+    #[test]
+    fn parts_of_a_context_cover_it_and_fit_the_scratch() {
+        for (heads, kv_heads) in [(16, 2), (4, 4), (64, 4), (20, 1), (3, 1)] {
+            let shape = shape(heads, kv_heads);
+            for position in [0, 1, 511, 512, 1023, 1500, 4095, 30_000, 262_000, 1_000_000] {
+                for tokens in [1, 2, 3, 5, 7, 20, 63, 64, 100, 511, 512, 1000, 4096] {
+                    let parts = context_parts(&shape, position, tokens);
+                    let (count, end) = (parts.count, position + tokens);
+                    assert!((count - 1) * parts.positions < end && end <= count * parts.positions);
+                    assert!(parts.positions.is_multiple_of(32) && count <= SPLITS_MAX);
+                    assert!(count == 1 || parts.positions >= PART_POSITIONS);
+                    let groups = attend_blocks(&shape, tokens) * kv_heads;
+                    assert!(count == 1 || groups * count <= ATTEND_GROUPS);
+                    let used = if count > 1 { tokens * heads * count } else { 0 };
+                    assert!(used <= parts_most(heads, tokens), "{tokens} after {position}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_short_message_behind_a_long_context_has_a_large_device_s_workgroups() {
+        let shape = shape(16, 2);
+        let count = |position, tokens| context_parts(&shape, position, tokens).count;
+        assert_eq!((attend_blocks(&shape, 20), count(30_000, 20)), (3, 41));
+        assert_eq!((count(1000, 20), count(1004, 20), count(4_000_000, 2)), (1, 2, 64));
+        // Blocks enough by itself.
+        assert_eq!((count(30_000, 504), count(30_000, 505)), (2, 1));
+    }
 }

@@ -6,7 +6,7 @@
 
 use std::time::{Duration, Instant};
 
-use wgpu::{BindGroup, Buffer, ComputePipeline};
+use wgpu::{BindGroup, Buffer, ComputePass, ComputePipeline};
 
 use super::adapters::pick;
 use super::asked::{DeviceLimits, GpuOptions};
@@ -53,6 +53,31 @@ pub fn limits(wanted: &GpuOptions, pool: &Pool, time: Duration) -> Result<Device
     Ok(DeviceLimits { read_bytes: probe.bytes, read, stage, copy, upload, round_trip })
 }
 
+/// Seconds of what `write` writes, once through: of the quickest submission, each of as many times as make it
+/// long, for about so long.
+///
+/// # Errors
+/// The device failed.
+pub fn quickest(device: &Device, time: Duration, write: &dyn Fn(&mut ComputePass)) -> Result<f64> {
+    let (mut times, mut best) = (1u32, f64::INFINITY);
+    let begun = Instant::now();
+    loop {
+        let mut encoder = device.encoder();
+        let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
+        (0..times).for_each(|_| write(&mut pass));
+        drop(pass);
+        let started = Instant::now();
+        let submission = device.submit_all([encoder.finish()]);
+        device.wait_for(Some(submission))?;
+        let taken = started.elapsed();
+        best = best.min(taken.as_secs_f64() / f64::from(times));
+        if begun.elapsed() >= time {
+            return Ok(best);
+        }
+        times *= if taken < LONG { 2 } else { 1 };
+    }
+}
+
 /// Words on a device, and the kernel that reads them.
 struct Probe {
     device: Device,
@@ -87,31 +112,17 @@ impl Probe {
 
     /// Bytes a second of the quickest submission, each of as many passes as make it long.
     fn read(&self, time: Duration) -> Result<f64> {
-        let (mut passes, mut best) = (1u32, 0.0f64);
-        let begun = Instant::now();
-        loop {
-            let mut encoder = self.device.encoder();
-            let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
+        let seconds = quickest(&self.device, time, &|pass| {
             pass.set_pipeline(&self.kernel);
             pass.set_bind_group(0, &self.groups[0], &[]);
             pass.set_bind_group(1, &self.groups[1], &[]);
-            (0..passes).for_each(|_| pass.dispatch_workgroups(WORKGROUPS, 1, 1));
-            drop(pass);
-            let started = Instant::now();
-            let submission = self.device.submit_all([encoder.finish()]);
-            self.device.wait_for(Some(submission))?;
-            let taken = started.elapsed();
-            best = best.max(self.bytes as f64 * f64::from(passes) / taken.as_secs_f64());
-            if begun.elapsed() >= time {
-                break;
-            }
-            passes *= if taken < LONG { 2 } else { 1 };
-        }
+            pass.dispatch_workgroups(WORKGROUPS, 1, 1);
+        })?;
         let mut sums = vec![0u32; WORKGROUPS as usize];
         self.device.read(&self.sums, 0, bytemuck::cast_slice_mut(&mut sums))?;
         let sum = sums.iter().fold(0u32, |sum, part| sum.wrapping_add(*part));
         match sum == self.expected {
-            true => Ok(best),
+            true => Ok(self.bytes as f64 / seconds),
             false => Err(Error::Gpu(format!("a pass over {} bytes summed wrongly", self.bytes))),
         }
     }

@@ -18,8 +18,10 @@ mod layout;
 mod limits;
 mod pipelines;
 mod plan;
+mod products;
 mod rates;
 mod ring;
+mod sample;
 mod slots;
 mod source;
 mod step;
@@ -33,11 +35,13 @@ use wgpu::{BindGroup, Buffer};
 
 pub use adapters::{Adapter, AdapterKind, adapters, auto, pick, shared_memory};
 pub use asked::{
-    ChunkInput, DeviceLimits, GpuCounters, GpuOptions, Host, KernelRate, Logits, MissPlan,
-    MissRates, Misses, NO_ADAPTER, SHARES, Stored, Token, VideoBudget, Watch, uploads_bytes,
+    ChunkInput, ChunkOf, ChunkRates, DeviceLimits, GpuCounters, GpuOptions, Host, KernelRate,
+    Logits, MissPlan, MissRates, Misses, NO_ADAPTER, SHARES, Stored, Token, VideoBudget, Watch,
+    uploads_bytes,
 };
 pub use limits::limits;
 pub use plan::{prefill_chunk, stored as plan};
+pub use products::chunk_rates;
 pub use timeline::Timeline;
 
 use crate::container::{Container, Matrix, Precision};

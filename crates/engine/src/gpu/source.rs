@@ -337,13 +337,29 @@ impl Sources {
 
     /// Attention of a chunk's tokens over all that they see.
     pub fn attend_rows(&self, halves: bool, head_dim: usize) -> String {
-        let slices = head_dim.div_ceil(32);
-        self.head() + kept(halves) + &repeated(text!("attend_rows"), ("//SLICE ", "$s"), slices)
+        self.attend_rows_as(text!("rows_whole"), halves, head_dim)
     }
 
-    /// The parts joined.
+    /// The same over a part of it, for a workgroup each.
+    pub fn attend_rows_part(&self, halves: bool, head_dim: usize) -> String {
+        let part = [text!("row_parts"), text!("rows_part")].concat();
+        self.attend_rows_as(&part, halves, head_dim)
+    }
+
+    fn attend_rows_as(&self, part: &str, halves: bool, head_dim: usize) -> String {
+        let slices = head_dim.div_ceil(32);
+        let main = repeated(text!("attend_rows"), ("//SLICE ", "$s"), slices);
+        self.head() + kept(halves) + part + &main
+    }
+
+    /// The parts of a token joined.
     pub fn combine(&self) -> String {
-        self.head() + text!("combine")
+        self.head() + text!("combine_token") + text!("combine")
+    }
+
+    /// The parts of a chunk's tokens joined.
+    pub fn combine_rows(&self) -> String {
+        self.head() + text!("row_parts") + text!("combine_rows") + text!("combine")
     }
 
     /// Matrices of `cols` columns times many vectors, in tiles.

@@ -6,7 +6,7 @@ use flash_moe_kernels::f16_to_f32;
 use wgpu::{BindGroup, Buffer};
 
 use super::super::dense::{Packing, Segment};
-use super::super::layout::{ATTEND_ROWS, DELTA_TOKENS, SPLITS_MAX, grouped};
+use super::super::layout::{DELTA_TOKENS, SPLITS_MAX, attend_blocks, grouped};
 use super::{Bench, Random, assert_close, rounding, shape, sigmoid, silu, stands, wide};
 use crate::container::Precision;
 use crate::shape::{Attention, DeltaNet, Shape};
@@ -254,10 +254,52 @@ fn attention_of_a_chunk_is_a_plain_softmax_over_what_each_token_sees() {
                 bench.put_numbers("TOKEN_AT", &[first, tokens]);
                 turn.turn(&mut random);
                 let attend = bench.sources.attend_rows(halves, a.head_dim);
-                let rows = tokens * a.heads / a.kv_heads;
-                let counts = [a.kv_heads, rows.div_ceil(ATTEND_ROWS), 1];
+                let counts = [a.kv_heads, attend_blocks(&shape, tokens), 1];
                 bench.run(&attend, &[&stand.views.read], &[(&[&cache.groups[0]], counts)]);
                 turn.check("attend rows");
+            }
+        }
+    }
+}
+
+impl Turn<'_> {
+    /// Attention of a chunk in parts of so many positions, over scratch that is no number before.
+    fn in_parts(&self, positions: usize) {
+        let (bench, a, tokens) = (self.bench, self.cache.a, self.tokens);
+        let parts = (self.first + tokens).div_ceil(positions);
+        assert!(parts <= SPLITS_MAX);
+        let rows = tokens * a.heads;
+        bench.put("PARTS_AT", &vec![f32::NAN; rows * parts * (a.head_dim + 2)]);
+        bench.put("MIXED_AT", &vec![f32::NAN; rows * a.head_dim]);
+        bench.put_numbers("TOKEN_AT", &[self.first, tokens, 0, 0, positions]);
+        let attend = bench.sources.attend_rows_part(self.cache.halves, a.head_dim);
+        let counts = [a.kv_heads, attend_blocks(bench.shape, tokens), parts];
+        bench.run(&attend, &[&bench.stand.views.read], &[(&[&self.cache.groups[0]], counts)]);
+        bench.run(&bench.sources.combine_rows(), &[], &[(&[], [rows, 1, 1])]);
+        self.check(&format!("attend in parts of {positions}"));
+    }
+}
+
+#[test]
+fn attention_of_a_chunk_in_parts_is_a_plain_softmax_over_what_each_token_sees() {
+    for stand in stands() {
+        for (sizes, halves) in ATTENTIONS.into_iter().zip([true, false, true]) {
+            let shape = attending(sizes);
+            let bench = Bench::new(&stand, &shape, &[], 70);
+            let mut random = Random(13);
+            // Parts that end before, within and behind pages, and parts behind the end of whole tokens.
+            for (first, tokens, parts) in [
+                (0, 70, &[32, 64][..]),
+                (62, 33, &[32, 64, 96]),
+                (130, 17, &[32, 96, 160]),
+                (1000, 5, &[32, 512]),
+                (64 * 30, 3, &[32, 64 * 30]),
+            ] {
+                let cache = Cache::new(&bench, first + tokens, halves, &mut random);
+                let turn = Turn { bench: &bench, cache: &cache, first, tokens };
+                bench.put_numbers("TOKEN_AT", &[first, tokens]);
+                turn.turn(&mut random);
+                parts.iter().for_each(|positions| turn.in_parts(*positions));
             }
         }
     }

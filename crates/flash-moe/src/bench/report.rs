@@ -4,7 +4,7 @@
 //! stages of a prompt against the slower of memory and arithmetic, waiting for experts against the
 //! disk. A fraction is the time at the limit over the time taken.
 
-use flash_moe_engine::gpu::{DeviceLimits, KernelRate};
+use flash_moe_engine::gpu::{ChunkRates, DeviceLimits, KernelRate};
 use flash_moe_engine::store::measure::ReadRate;
 use flash_moe_engine::timing::Stage;
 use serde::Serialize;
@@ -169,6 +169,33 @@ impl From<DeviceLimits> for GpuLimits {
             copy_bytes_per_second: limits.copy,
             upload_bytes_per_second: limits.upload,
             round_trip_us: limits.round_trip * 1e6,
+        }
+    }
+}
+
+/// What a GPU computes of a prompt's chunk; a multiplication and an addition are two.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct ChunkLimits {
+    /// Tokens that are taken together.
+    pub tokens: usize,
+    /// Whether products go to tensor cores.
+    pub tensor_cores: bool,
+    /// Products of dense weights.
+    pub dense_flops_per_second: f64,
+    /// Products of experts.
+    pub experts_flops_per_second: f64,
+    /// Scores and mixes of attention.
+    pub attention_flops_per_second: f64,
+}
+
+impl From<ChunkRates> for ChunkLimits {
+    fn from(rates: ChunkRates) -> Self {
+        Self {
+            tokens: rates.tokens,
+            tensor_cores: rates.tensor_cores,
+            dense_flops_per_second: rates.dense,
+            experts_flops_per_second: rates.experts,
+            attention_flops_per_second: rates.attention,
         }
     }
 }

@@ -7,7 +7,9 @@ use std::fmt::Write as _;
 
 use flash_moe_engine::budget::gib;
 
-use super::report::{GpuLimits, KernelReport, Limits, Machine, Model, Report, RunReport};
+use super::report::{
+    ChunkLimits, GpuLimits, KernelReport, Limits, Machine, Model, Report, RunReport,
+};
 use super::walk::{Phase, PoolState};
 
 /// The whole report.
@@ -187,6 +189,22 @@ impl GpuLimits {
             self.round_trip_us
         );
         line("gpu", &text)
+    }
+}
+
+impl ChunkLimits {
+    /// In a line.
+    pub fn line(&self) -> String {
+        let where_to = if self.tensor_cores { "on tensor cores" } else { "in f32" };
+        let text = format!(
+            "{:.1} GFLOP/s dense and {:.1} of experts {where_to}, attention {:.1}, in chunks of {} tokens, \
+             answers checked",
+            self.dense_flops_per_second / 1e9,
+            self.experts_flops_per_second / 1e9,
+            self.attention_flops_per_second / 1e9,
+            self.tokens
+        );
+        line("products", &text)
     }
 }
 

@@ -147,7 +147,8 @@ impl Work {
     }
 }
 
-fn stage_of(name: &str) -> Stage {
+/// The stage that a dense tensor of this name is of.
+pub fn stage_of(name: &str) -> Stage {
     let has = |part: &str| name.contains(part);
     match name {
         _ if has(".self_attn.") => Stage::Attention,

@@ -5,6 +5,7 @@
 
 mod estimate;
 mod hit_rate;
+mod prefill;
 mod report;
 mod subject;
 mod video;

@@ -10,7 +10,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use flash_moe_engine::budget::{self, Demand};
-use flash_moe_engine::container::{Container, RecordLayout};
+use flash_moe_engine::container::{Container, Precision, RecordLayout};
 use flash_moe_engine::engine::Options;
 use flash_moe_engine::gpu::Stored;
 use flash_moe_engine::shape::Shape;
@@ -18,7 +18,7 @@ use flash_moe_engine::store::measure::RecordFiles;
 use flash_moe_engine::timing::Stage;
 
 use crate::bench::limits::Disk;
-use crate::bench::work::Work;
+use crate::bench::work::{Work, stage_of};
 use crate::convert::inventory::{self, Kind};
 use crate::options::bench::PlanArgs;
 use crate::synth::{models, precision, router_precision};
@@ -42,6 +42,8 @@ pub struct Subject {
     pub slot_bytes: u64,
     /// Of each layer with experts.
     pub records: Vec<RecordLayout>,
+    /// How most of the dense weights are stored.
+    pub dense_precision: Precision,
     /// What it has to touch and compute.
     pub work: Work,
     /// The engine's options.
@@ -79,6 +81,7 @@ impl Subject {
             dense_bytes: demand.dense_bytes,
             slot_bytes: demand.slot_bytes,
             records: container.layouts().to_vec(),
+            dense_precision: dense_precision(&container)?,
             work: Work::of(&container, top_k)?.with_kv_cache(options.kv_cache),
             shape,
             options,
@@ -110,6 +113,7 @@ impl Subject {
             dense_bytes: inventory::trunk(&shape).iter().map(|dense| bytes(dense.kind)).sum(),
             slot_bytes: layout.padded_bytes() as u64,
             records: vec![layout; shape.expert_layers().count()],
+            dense_precision: precision(args.dense_bits),
             work: Work::new(&shape, top_k, record_bytes, |dense, _, _| Ok(bytes(dense.kind)))?
                 .with_kv_cache(options.kv_cache),
             shape,
@@ -151,6 +155,24 @@ impl Subject {
         let files = RecordFiles::of_file(&scratch.path, self.slot_bytes as usize)?;
         Ok((Disk::new(files), Some(scratch)))
     }
+}
+
+/// How most of the dense weights are stored that every token is multiplied with.
+fn dense_precision(container: &Container) -> Result<Precision> {
+    let mut weights: Vec<(Precision, usize)> = Vec::new();
+    for dense in inventory::trunk(container.shape()) {
+        let Kind::Matrix(rows, cols) = dense.kind else { continue };
+        if matches!(stage_of(&dense.name), Stage::Embed | Stage::Logits) {
+            continue;
+        }
+        let precision = container.precision(&dense.name, rows, cols)?;
+        match weights.iter_mut().find(|(other, _)| *other == precision) {
+            Some((_, count)) => *count += rows * cols,
+            None => weights.push((precision, rows * cols)),
+        }
+    }
+    let most = weights.into_iter().max_by_key(|(_, count)| *count);
+    Ok(most.context("a model without dense weights")?.0)
 }
 
 /// A file that is removed when dropped.

@@ -1,14 +1,14 @@
-//! What a GPU will do with a model: its memory, who computes what it misses, and decode.
+//! What a GPU will do with a model: its memory, who computes what it misses, decode and prefill.
 //!
 //! Ranges as in the rest of a plan: the upper end has everything overlapped and the routing of the published
 //! curve, the lower end nothing overlapped and uniform routing. One round trip a layer is in both where
-//! experts are missing. Prefill is left out, since what a GPU can multiply is not measured.
+//! experts are missing.
 
 use std::fmt::Write as _;
 
 use flash_moe_engine::budget::gib;
 use flash_moe_engine::gpu::{
-    self, DeviceLimits, GpuOptions, MissPlan, MissRates, Misses, SHARES, Stored, VideoBudget,
+    self, ChunkOf, GpuOptions, MissPlan, MissRates, Misses, SHARES, Stored, VideoBudget,
 };
 use flash_moe_engine::pool::Pool;
 use flash_moe_engine::timing::Stage;
@@ -16,10 +16,11 @@ use serde::Serialize;
 
 use super::estimate::{Case, Range, Rates};
 use super::hit_rate::{skewed, uniform};
+use super::prefill::{GpuRates, prefill};
 use super::report::MemoryLine;
 use super::subject::Subject;
 use crate::bench::limits::{self, Effort};
-use crate::bench::report::GpuLimits;
+use crate::bench::report::{ChunkLimits, GpuLimits};
 use crate::bench::table::line;
 
 /// A model on a GPU.
@@ -29,6 +30,8 @@ pub struct VideoPlan {
     pub device: String,
     /// What it can do.
     pub limits: GpuLimits,
+    /// What it computes of a chunk.
+    pub chunk: ChunkLimits,
     /// Video memory that may be used.
     pub limit_bytes: u64,
     /// All of it that is not experts.
@@ -53,6 +56,8 @@ pub struct VideoPlan {
     pub disk_bytes: Range,
     /// Decoded tokens a second.
     pub decode: Range,
+    /// Prompt tokens a second.
+    pub prefill: Range,
 }
 
 impl VideoPlan {
@@ -76,15 +81,15 @@ impl VideoPlan {
         let pool = Pool::new(options.threads);
         let device = gpu::limits(wanted, &pool, effort.each)?;
         let compute = limits::expert_rate(&pool, options.isa, effort)?.min(rates.memory);
-        Ok(Self::estimate(&budget, wanted.misses, case, (device, compute, rates.disk)))
+        let dense = subject.dense_precision;
+        let of = ChunkOf { shape: &subject.shape, records: &subject.records, dense, options };
+        let chunk = gpu::chunk_rates(&of, wanted, effort.each)?;
+        let rates = GpuRates { device, chunk, compute, disk: rates.disk };
+        Ok(Self::estimate(&budget, wanted.misses, case, rates))
     }
 
-    fn estimate(
-        budget: &VideoBudget,
-        misses: Misses,
-        case: &Case,
-        (device, compute, disk): (DeviceLimits, f64, f64),
-    ) -> Self {
+    fn estimate(budget: &VideoBudget, misses: Misses, case: &Case, measured: GpuRates) -> Self {
+        let GpuRates { device, chunk, compute, disk } = measured;
         let upload = (!budget.direct).then_some(device.copy);
         let rates = MissRates { stage: device.stage, upload, compute };
         let computed_eighths = match misses {
@@ -119,6 +124,7 @@ impl VideoPlan {
         Self {
             device: budget.adapter.clone(),
             limits: device.into(),
+            chunk: chunk.into(),
             limit_bytes: budget.limit,
             lines: lines.collect(),
             slots_bytes: budget.slots_each as u64 * budget.slot_bytes,
@@ -131,6 +137,7 @@ impl VideoPlan {
             miss_bytes,
             disk_bytes,
             decode: Range { low: 1.0 / low, high: 1.0 / high },
+            prefill: prefill(case, here, &measured),
         }
     }
 
@@ -145,6 +152,7 @@ impl VideoPlan {
         row("total", self.lines.iter().map(|l| l.bytes).sum::<u64>() + self.slots_bytes);
         row("limit", self.limit_bytes);
         out += &self.limits.line();
+        out += &self.chunk.line();
         let misses = MissPlan {
             misses: Misses::Auto,
             computed_eighths: self.computed_eighths,
@@ -167,6 +175,8 @@ impl VideoPlan {
         row("MB of these read from disk", self.disk_bytes, mb);
         let name = format!("decode tok/s at position {prompt} on the GPU");
         row(&name, self.decode, |rate| format!("{rate:.2}"));
+        let name = format!("prefill tok/s of {prompt} tokens on the GPU");
+        row(&name, self.prefill, |rate| format!("{rate:.2}"));
         out
     }
 }
@@ -174,32 +184,14 @@ impl VideoPlan {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::bench::work::Work;
-    use crate::synth::models;
-    use flash_moe_engine::shape::Shape;
-
-    const DEVICE: DeviceLimits = DeviceLimits {
-        read_bytes: 1,
-        read: 1e12,
-        stage: 40e9,
-        copy: 10e9,
-        upload: 9e9,
-        round_trip: 50e-6,
-    };
+    use crate::plan::prefill::tests::{RATES, RECORD, case};
 
     fn plan(slots_each: usize, misses: Misses) -> VideoPlan {
-        let shape = Shape::from_config(&models::config("qwen3.5-35b-a3b", None)).unwrap();
-        let record = 3 * 2048 * 512 * 9 / 16;
-        let work = Work::new(&shape, 8, record, |_, rows, cols| Ok((rows * cols * 9 / 16) as u64));
-        let work = work.unwrap();
-        let (fixed_bytes, limit_bytes) = (1 << 30, 64 << 30);
-        let case =
-            Case { work, slot_bytes: record, fixed_bytes, limit_bytes, chunk: 512, prompt: 512 };
         let budget = VideoBudget {
             adapter: "a GPU".into(),
             limit: 8 << 30,
             fixed: Vec::new(),
-            slot_bytes: 40 * record,
+            slot_bytes: 40 * RECORD,
             slots_each,
             experts: 256,
             resident: slots_each == 256,
@@ -207,7 +199,7 @@ mod tests {
             is_shared: false,
             buffer_bytes: 1 << 30,
         };
-        VideoPlan::estimate(&budget, misses, &case, (DEVICE, 10e9, 1e9))
+        VideoPlan::estimate(&budget, misses, &case(512), RATES)
     }
 
     #[test]
@@ -216,6 +208,7 @@ mod tests {
         assert_eq!((plan.computed_eighths, plan.hit_rate.low), (0, 1.0));
         assert!((plan.decode.low / plan.decode.high - 1.0).abs() < 1e-9, "{:?}", plan.decode);
         assert!((300.0..700.0).contains(&plan.decode.high), "{:?}", plan.decode);
+        assert_eq!(plan.prefill, prefill(&case(512), 1.0, &RATES));
     }
 
     #[test]
@@ -223,12 +216,18 @@ mod tests {
         let all = [Misses::Upload, Misses::Cpu, Misses::Auto].map(|misses| plan(64, misses));
         assert_eq!(all.each_ref().map(|p| p.computed_eighths), [0, 8, 4]);
         assert!(all[2].decode.high > all[0].decode.high && all[2].decode.high > all[1].decode.high);
-        let asked = 320.0 * (3 * 2048 * 512 * 9 / 16) as f64;
+        let asked = 320.0 * RECORD as f64;
         assert!((all[0].miss_bytes.low / (0.75 * asked) - 1.0).abs() < 1e-9);
         // All of them are in memory.
         assert_eq!(all[0].disk_bytes, Range { low: 0.0, high: 0.0 });
         assert!(all.iter().all(|p| p.decode.low < p.decode.high));
         let page = all[2].render(512);
+        // A prompt is the device's own, whoever computes what a token misses.
+        assert!(all.iter().all(|p| p.prefill == prefill(&case(512), 0.25, &RATES)));
+        assert!(
+            page.contains("on tensor cores") && page.contains("prefill tok/s of 512"),
+            "{page}"
+        );
         assert!(page.contains("64 of 256 a layer") && page.contains("computes 4 of 8"), "{page}");
         assert!(page.lines().all(|l| l.len() <= 100), "{page}");
     }

@@ -1,7 +1,8 @@
 // Attention of a chunk: a workgroup takes 64 rows, a row being one query head of one token, all of one
 // key/value head and token after token. Keys and values come 32 positions by 32 columns at a time and
 // serve all rows; the softmax is carried along. A thread has two rows, 32 apart: of each it forms the
-// scores of four positions and, of every slice of 32 columns, the mix of four.
+// scores of four positions and, of every slice of 32 columns, the mix of four. `part_of` says which
+// positions a workgroup takes, `give` what becomes of their mix.
 
 @group(1) @binding(0) var<storage, read> cache: array<vec4<u32>>;
 
@@ -13,15 +14,20 @@ var<workgroup> rows: array<vec4<f32>, 64u * ROW>; // queries, then scores and we
 var<workgroup> page: array<vec4<f32>, 32u * ROW>; // keys or values
 
 struct Row {
+    head: u32, // of all tokens' query heads
     query: u32, // where in the scratch
-    mixed: u32,
     seen: u32, // positions
 }
 
 fn row_of(kv_head: u32, row: u32) -> Row {
     let token = row / SHARE;
     let head = token * HEADS + kv_head * SHARE + row % SHARE;
-    return Row(QUERY_AT + head * QUERY_STRIDE, MIXED_AT + head * HEAD_DIM, position() + token + 1u);
+    return Row(head, QUERY_AT + head * QUERY_STRIDE, position() + token + 1u);
+}
+
+struct Positions {
+    first: u32,
+    end: u32,
 }
 
 // Four columns of a key (part 0) or a value (1), zeros beyond the head's width and the context.
@@ -65,25 +71,13 @@ fn mixed(low: vec4<f32>, high: vec4<f32>, a: u32, b: u32) -> array<vec4<f32>, 2>
     return sums;
 }
 
-fn give(row: Row, column: u32, mix: vec4<f32>, total: f32) {
-    for (var i = 0u; i < 4u; i++) {
-        let e = column + i;
-        if e < HEAD_DIM {
-            var out = mix[i] / total;
-            if GATED {
-                out *= sigmoid(scratch[row.query + HEAD_DIM + e]);
-            }
-            scratch[row.mixed + e] = out;
-        }
-    }
-}
-
 @compute @workgroup_size(256)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) tid: u32) {
     let kv_head = group.x;
     let count = bitcast<u32>(scratch[TOKEN_AT + 1u]) * SHARE;
     let first = group.y * 64u;
-    let end = row_of(kv_head, min(first + 63u, count - 1u)).seen;
+    let part = part_of(group.z, row_of(kv_head, min(first + 63u, count - 1u)).seen);
+    let end = part.end;
     let a = tid >> 3u;
     let b = tid & 7u;
     let low = row_of(kv_head, min(first + a, count - 1u));
@@ -92,7 +86,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     var total = vec2(0.0);
     //SLICE var low$s = vec4(0.0);
     //SLICE var high$s = vec4(0.0);
-    for (var start = 0u; start < end; start += 32u) {
+    for (var start = part.first; start < end; start += 32u) {
         var scores = array<vec4<f32>, 2>(vec4(0.0), vec4(0.0));
         for (var column = 0u; column < HEAD_DIM; column += 32u) {
             let mine = column + 4u * b;
@@ -144,9 +138,9 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         sums += rows[a * ROW + i].xy;
     }
     if first + a < count {
-        //SLICE give(low, 32u * $su + 4u * b, low$s, sums.x);
+        //SLICE give(low, group.z, 32u * $su + 4u * b, low$s, vec2(most.x, sums.x));
     }
     if first + a + 32u < count {
-        //SLICE give(high, 32u * $su + 4u * b, high$s, sums.y);
+        //SLICE give(high, group.z, 32u * $su + 4u * b, high$s, vec2(most.y, sums.y));
     }
 }

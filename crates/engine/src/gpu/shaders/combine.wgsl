@@ -1,15 +1,19 @@
 // Joins the parts of a head's attention and applies the output gate.
 
+struct Parts {
+    first: u32, // where in the scratch
+    count: u32,
+}
+
 var<workgroup> largest: array<f32, SPLITS_MAX>;
 var<workgroup> totals: array<f32, SPLITS_MAX>;
 
 @compute @workgroup_size(256)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) tid: u32) {
     let head = group.x;
-    let pages_each = bitcast<u32>(scratch[TOKEN_AT + 1u]);
-    let pages = (position() + 64u) >> 6u;
-    let splits = (pages + pages_each - 1u) / pages_each;
-    let parts = PARTS_AT + head * SPLITS_MAX * (HEAD_DIM + 2u);
+    let of_head = parts_of(head);
+    let parts = of_head.first;
+    let splits = of_head.count;
     if tid < splits {
         let part = parts + tid * (HEAD_DIM + 2u) + HEAD_DIM;
         largest[tid] = scratch[part];

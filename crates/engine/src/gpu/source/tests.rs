@@ -58,14 +58,14 @@ fn kernels(shape: &Shape, subgroups: bool) -> Vec<(String, String)> {
         ("delta_pairs".to_string(), many.delta_pairs()),
         ("delta_scan".to_string(), many.delta_scan()),
         ("join_rows".to_string(), many.join_rows()),
+        ("combine_rows".to_string(), many.combine_rows()),
     ];
     for halves in [false, true] {
         all.push((format!("turn {halves}"), one.turn(halves)));
         all.push((format!("attend {halves}"), one.attend(halves)));
-        all.push((
-            format!("attend_rows {halves}"),
-            many.attend_rows(halves, shape.attention.head_dim),
-        ));
+        let head_dim = shape.attention.head_dim;
+        all.push((format!("attend_rows {halves}"), many.attend_rows(halves, head_dim)));
+        all.push((format!("attend_rows_part {halves}"), many.attend_rows_part(halves, head_dim)));
     }
     for input in [Input::Norm, Input::KeptNorm, Input::Plain, Input::Heads, Input::Gated] {
         for (give, cols, rows) in [(Give::Store, 512, 1), (Give::Add, 8192, 4)] {
