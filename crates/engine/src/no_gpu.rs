@@ -117,6 +117,16 @@ impl Gpu {
         match *self {}
     }
 
+    /// Whether there is a clock that can time stages.
+    pub fn has_clock(&self) -> bool {
+        match *self {}
+    }
+
+    /// Stages are timed from here on, or no more.
+    pub fn let_clock_run(&self, _: bool) {
+        match *self {}
+    }
+
     /// Forgets every expert that can be had again.
     pub fn forget(&self) {
         match *self {}

@@ -96,6 +96,17 @@ impl Timing {
         total.calls += 1;
     }
 
+    /// What so many of `of` like tokens took, as if all had taken it.
+    pub fn scaled(&self, tokens: usize, of: usize) -> Self {
+        let all = |part: u64| (u128::from(part) * of as u128 / tokens.max(1) as u128) as u64;
+        let mut scaled = self.clone();
+        for total in &mut scaled.totals {
+            *total =
+                StageTotal { ns: all(total.ns), bytes: all(total.bytes), calls: all(total.calls) };
+        }
+        scaled
+    }
+
     /// What happened since `before`.
     pub fn since(&self, before: &Self) -> Self {
         let mut difference = self.clone();
@@ -105,5 +116,20 @@ impl Timing {
             total.calls -= before.calls;
         }
         difference
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_some_tokens_took_is_told_of_others() {
+        let mut timing = Timing::default();
+        timing.add_ns(Stage::Route, 40, 8);
+        timing.add_ns(Stage::Route, 20, 4);
+        let all = timing.scaled(2, 7).stage(Stage::Route);
+        assert_eq!(all, StageTotal { ns: 210, bytes: 42, calls: 7 });
+        assert_eq!(timing.scaled(0, 7).stage(Stage::Fetch), StageTotal::default());
     }
 }

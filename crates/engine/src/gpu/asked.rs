@@ -41,7 +41,7 @@ pub struct GpuOptions {
     pub memory_bytes: Option<u64>,
     /// Where compiled kernels are kept from one run to the next; without it they are compiled anew.
     pub kernels_dir: Option<PathBuf>,
-    /// Whether the device's clock times every stage, which takes up to half of a fast decode's speed.
+    /// Whether the device's clock times every stage, which takes most of a fast decode's speed.
     pub timed: bool,
     /// Whether a prompt's products take f32 factors as they are, where tensor cores would take each as two
     /// halves: 2^-20 of a product apart at most.

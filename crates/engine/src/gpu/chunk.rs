@@ -251,7 +251,7 @@ impl Gpu {
     }
 
     fn chunk_work(&self) -> Work<'_> {
-        Work::new(&self.device, self.clock.as_ref(), &self.chunk.scratch_group)
+        Work::new(&self.device, self.clock(), &self.chunk.scratch_group)
     }
 
     /// A kernel for every token, with the vector of the part that is multiplied next.

@@ -4,6 +4,7 @@
 //! `--timing` asks for, every stage is a pass of its own that begins and ends with a time stamp, and the
 //! stages are added up under the names that the CPU's have.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use wgpu::{
@@ -25,6 +26,7 @@ pub struct Clock {
     stamps: Buffer,
     landing: Buffer,
     marks: Mutex<Vec<(Stage, u64)>>, // of each pass, with its bytes
+    stands: AtomicBool,
 }
 
 impl Clock {
@@ -40,7 +42,18 @@ impl Clock {
             stamps: device.resolved(bytes)?,
             landing: device.landing(bytes)?,
             marks: Mutex::default(),
+            stands: AtomicBool::new(false),
         }))
+    }
+
+    /// Whether it times what is written now.
+    pub fn runs(&self) -> bool {
+        !self.stands.load(Ordering::Relaxed)
+    }
+
+    /// It times what is written from here on, or not.
+    pub fn let_run(&self, runs: bool) {
+        self.stands.store(!runs, Ordering::Relaxed);
     }
 
     /// Adds what was timed since the last reading.

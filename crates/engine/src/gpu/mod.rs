@@ -229,14 +229,31 @@ impl Gpu {
     /// # Errors
     /// The device failed.
     pub fn time(&self, timing: &mut Timing) -> Result<()> {
-        match &self.clock {
+        match self.clock() {
             Some(clock) => clock.read(&self.device, timing),
             None => Ok(()),
         }
     }
 
     fn work(&self) -> Work<'_> {
-        Work::new(&self.device, self.clock.as_ref(), &self.scratch_group)
+        Work::new(&self.device, self.clock(), &self.scratch_group)
+    }
+
+    /// The device's clock, while it times stages.
+    fn clock(&self) -> Option<&Clock> {
+        self.clock.as_ref().filter(|clock| clock.runs())
+    }
+
+    /// Whether there is a clock that can time stages.
+    pub fn has_clock(&self) -> bool {
+        self.clock.is_some()
+    }
+
+    /// Stages are timed from here on, or no more, where there is a clock.
+    pub fn let_clock_run(&self, runs: bool) {
+        // What was written ahead was written for the other way.
+        self.lock().ahead = None;
+        self.clock.iter().for_each(|clock| clock.let_run(runs));
     }
 
     fn lock(&self) -> MutexGuard<'_, Busy> {

@@ -23,7 +23,7 @@ use crate::timing::Stage;
 /// What one token at a time has.
 #[derive(Default)]
 pub struct Busy {
-    ahead: Option<Ahead>,
+    pub(super) ahead: Option<Ahead>,
     pub(super) choice: Choice,
     pub(super) workspace: Workspace,
 }
@@ -40,7 +40,7 @@ pub struct Choice {
 }
 
 /// Commands that were written ahead.
-struct Ahead {
+pub struct Ahead {
     timeline: u64,
     position: usize,
     commands: CommandBuffer,
@@ -104,7 +104,7 @@ impl Gpu {
         };
         let submission = Commands::submit(&self.device, [begin, commands]);
         self.device.ask(&self.landing, wanted as u64 * 4);
-        if self.clock.is_none() && position + 1 < timeline.context {
+        if self.clock().is_none() && position + 1 < timeline.context {
             let work = self.whole(timeline, position + 1);
             let commands = self.with_head(work, wanted).alone();
             *ahead = Some(Ahead { timeline: timeline.id, position: position + 1, commands });

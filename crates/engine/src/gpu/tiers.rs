@@ -315,7 +315,7 @@ impl Gpu {
         let ns = timing.stage(Stage::Experts).ns;
         self.tiers.computed.fetch_add(missing.len() as u64, Ordering::Relaxed);
         self.tiers.compute_ns.fetch_add(ns, Ordering::Relaxed);
-        if let Some(clock) = &self.clock {
+        if let Some(clock) = self.clock() {
             clock.take_off(Stage::Experts, (missing.len() * layout.record_bytes()) as u64);
         }
         let mut work = self.work();

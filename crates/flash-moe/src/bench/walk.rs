@@ -43,6 +43,9 @@ pub enum PoolState {
     Warm,
 }
 
+/// One of so many decoded tokens on a GPU is timed by stages.
+const CLOCKED: usize = 4;
+
 /// One timed run.
 #[derive(Clone, Debug)]
 pub struct Run {
@@ -64,7 +67,7 @@ pub struct Run {
     pub reads: StoreCounters,
     /// What was done to feed a GPU, where one computes.
     pub fed: Option<GpuCounters>,
-    /// Stages.
+    /// Stages; of a GPU's decode those of the tokens behind, which its clock timed, as many as these.
     pub timing: Timing,
     /// The disk's limit just before, in bytes a second.
     pub disk_rate: Option<f64>,
@@ -166,6 +169,7 @@ impl<'a> Walk<'a> {
         }
         let tokens = &self.prompt[from..end];
         let bar = self.bar("prefill", from, tokens.len());
+        self.let_clock_run(true);
         self.timed(session, (Phase::Prefill, pool), tokens.len(), |session, _| {
             session.prefill(tokens, &mut |done| {
                 bar.set_position(done as u64);
@@ -193,8 +197,13 @@ impl<'a> Walk<'a> {
     /// Takes `tokens` tokens, each the likeliest after the one before.
     fn decode(&mut self, session: &mut Session, tokens: usize, pool: PoolState) -> Result<()> {
         let bar = self.bar("decode", session.position(), tokens);
-        self.timed(session, (Phase::Decode, pool), tokens, |session, steps| {
-            for _ in 0..tokens {
+        let has_clock = self.engine.gpu().is_some_and(Gpu::has_clock);
+        // Its stages are timed in the tokens behind those whose speed counts: the clock slows them down.
+        let clocked = if has_clock { tokens / CLOCKED } else { 0 };
+        let walked = tokens - clocked;
+        self.let_clock_run(clocked == 0);
+        self.timed(session, (Phase::Decode, pool), walked, |session, steps| {
+            for _ in 0..walked {
                 let started = Instant::now();
                 session.step(likeliest(session.logits())?)?;
                 steps.push(started.elapsed().as_secs_f64());
@@ -202,8 +211,22 @@ impl<'a> Walk<'a> {
             }
             likeliest(session.logits()).map(|_| ())
         })?;
+        if clocked > 0 {
+            self.let_clock_run(true);
+            let before = session.timing().clone();
+            for _ in 0..clocked {
+                session.step(likeliest(session.logits())?)?;
+                bar.inc(1);
+            }
+            let run = self.runs.last_mut().expect("the run that was just timed");
+            run.timing = session.timing().since(&before).scaled(clocked, walked);
+        }
         bar.finish_and_clear();
         Ok(())
+    }
+
+    fn let_clock_run(&self, runs: bool) {
+        self.engine.gpu().iter().for_each(|gpu| gpu.let_clock_run(runs));
     }
 
     fn timed(

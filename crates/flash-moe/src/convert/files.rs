@@ -163,8 +163,18 @@ fn write_all_at(file: &File, mut bytes: &[u8], mut offset: u64) -> io::Result<()
 /// Makes a rename durable; without it a power cut could lose the name of a flushed file.
 #[cfg(unix)]
 fn sync_directory(path: &Path) -> Result<()> {
-    let dir = path.parent().unwrap_or(path);
+    let dir = directory_of(path);
     File::open(dir).and_then(|d| d.sync_all()).map_err(|e| write_error(dir, e))
+}
+
+/// Where a file's name is kept; that of a bare name is the directory the program runs in.
+#[cfg(unix)]
+fn directory_of(path: &Path) -> &Path {
+    match path.parent() {
+        Some(dir) if dir.as_os_str().is_empty() => Path::new("."),
+        Some(dir) => dir,
+        None => path,
+    }
 }
 
 #[cfg(not(unix))]
@@ -175,6 +185,13 @@ fn sync_directory(_path: &Path) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    #[cfg(unix)]
+    fn a_bare_name_is_kept_where_the_program_runs() {
+        let of = |path| directory_of(Path::new(path)).to_str().unwrap().to_string();
+        assert_eq!(["s.bin", "a/s.bin", "/s.bin", "/"].map(of), [".", "a", "/", "/"]);
+    }
 
     #[test]
     fn a_file_has_its_name_only_when_it_is_whole() {
