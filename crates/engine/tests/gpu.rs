@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use flash_moe_engine::Arithmetic;
+use flash_moe_engine::budget::Budget;
 use flash_moe_engine::container::{Container, Precision, ScaleKind};
 use flash_moe_engine::engine::{Engine, Options};
 use flash_moe_engine::gpu::{AdapterKind, ChunkOf, GpuOptions, Misses, adapters, chunk_rates};
@@ -522,6 +523,14 @@ fn memory_that_both_have_is_shared_out_once() {
         assert!(both <= limit && both > limit - limit / 20, "{both} of {limit}");
         let apart = open(&options(on(adapter)));
         assert!(logits(&engine, 6) == logits(&apart, 6));
+        // A chunk's buffers are the device's.
+        let scratch = |gpu: Option<GpuOptions>| {
+            let container = Container::open(&tiny()).expect("the built-in model");
+            let many = Options { prefill_chunk: 256, ..options(gpu) };
+            let plan = Budget::plan(&container, &many).expect("a plan");
+            plan.fixed.iter().find(|line| line.name == "scratch and logits").expect("it").bytes
+        };
+        assert!(scratch(on(adapter)) * 2 < scratch(None));
     }
 }
 

@@ -122,14 +122,15 @@ impl Chunk {
             tensor: compiler.sources.tensor,
         };
         let kernels = compiler.chunk(&sources, slabs)?;
+        let (hidden, experts) = (compiler.shape.hidden, compiler.shape.moe.experts);
+        let most = (layout.tokens() * hidden.max(experts)).max(layout.pairs()); // words that come back
         let scratch = device.buffer("scratch of a chunk", layout.bytes())?;
-        let lists =
-            device.buffer("lists of a chunk", lists_bytes(&layout, compiler.shape.moe.experts))?;
+        let lists = device.buffer("lists of a chunk", lists_bytes(&layout, experts))?;
         Ok(Self {
             kernels,
             scratch_group: device.group(&views.scratch, &[&scratch])?,
             lists_group: views.read_group(device, &lists)?,
-            landing: device.landing(layout.bytes())?,
+            landing: device.landing(most as u64 * 4)?,
             scratch,
             lists,
             layout,

@@ -156,8 +156,7 @@ impl Gpu {
                 buffer_bytes: adapter.binding_bytes,
                 views: &views,
             },
-            slots: budget.slots_each,
-            direct: budget.direct,
+            budget: &budget,
         };
         let layers = loader.layers(std::mem::take(&mut weights.layers), &each)?;
         let head = loader.head(weights)?;
@@ -358,8 +357,7 @@ struct Loader<'a> {
     layouts: [&'a Layout; 2],
     shape: &'a Shape,
     packing: Packing<'a>,
-    slots: usize,
-    direct: bool,
+    budget: &'a VideoBudget,
 }
 
 impl Loader<'_> {
@@ -402,7 +400,7 @@ impl Loader<'_> {
             })
         };
         let layers = layers.map(load).collect::<Result<_>>()?;
-        if self.direct {
+        if self.budget.direct {
             self.device.wait_for(None)?; // for the zeros of slots that are written from here
         }
         Ok(layers)
@@ -495,7 +493,7 @@ impl Loader<'_> {
             let parts = self.segments("shared expert", &[(&block.down, "H_AT")], &[], 1)?;
             shared = one(parts)?;
         }
-        let counts = (self.slots, self.shape.moe.experts);
+        let counts = (self.budget.slots_each, self.shape.moe.experts);
         Ok(Feeding::Experts(Box::new(Experts {
             route: self.segments("router", &route, norm, self.kernels.router.rows)?,
             shared,
@@ -504,7 +502,7 @@ impl Loader<'_> {
                 layer,
                 slots.0.clone(),
                 counts,
-                self.direct,
+                self.budget.direct,
             )?,
             kernels: place.expect("kernels are compiled for every distinct layout"),
         })))

@@ -84,13 +84,22 @@ fn refuse(budget: &VideoBudget, floor: usize) -> Result<VideoBudget> {
     let smallest = budget.fixed_bytes() + floor as u64 * budget.slot_bytes;
     let lines = budget.fixed.iter().map(|l| format!("  {:<34}{:>12}\n", l.name, gib(l.bytes)));
     let experts = format!("one token's experts, {floor} a layer");
+    let mib = |bytes: u64| bytes.div_ceil(1 << 20);
+    let most = mib(smallest);
+    let way = match budget.is_shared {
+        true => format!(
+            "it has the processor's memory: give --memory {}MiB more, or --gpu-memory {most}MiB, which comes \
+             on top of --memory",
+            mib(smallest.saturating_sub(budget.limit))
+        ),
+        false => format!("smallest that runs is --gpu-memory {most}MiB"),
+    };
     Err(Error::Gpu(format!(
-        "{}: needs {}, limit is {}; smallest that runs is --gpu-memory {}MiB, less with a smaller \
-         --context, or --device cpu\n{}  {experts:<34}{:>12}",
+        "{}: needs {}, limit is {}; {way}; less with a smaller --context, or --device cpu\n{}  \
+         {experts:<34}{:>12}",
         budget.adapter,
         gib(smallest),
         gib(budget.limit),
-        smallest.div_ceil(1 << 20),
         lines.collect::<String>(),
         gib(floor as u64 * budget.slot_bytes)
     )))
@@ -204,17 +213,23 @@ fn chunk_bytes(shape: &Shape, options: &Options) -> u64 {
 pub fn prefill_chunk(stored: &Stored, options: &Options, wanted: &GpuOptions) -> Result<usize> {
     let (_, adapter) = pick(wanted.adapter)?;
     match adapter.kind {
-        AdapterKind::Discrete => Ok(chunk_within(limit(&adapter, wanted)?, stored, options)),
+        AdapterKind::Discrete => {
+            let memory = [limit(&adapter, wanted)?, adapter.binding_bytes];
+            Ok(chunk_within(memory, stored, options))
+        }
         _ => Ok(options.prefill_chunk),
     }
 }
 
-fn chunk_within(memory: u64, stored: &Stored, options: &Options) -> usize {
+fn chunk_within([memory, buffer_bytes]: [u64; 2], stored: &Stored, options: &Options) -> usize {
     let with = |chunk| Options { prefill_chunk: chunk, ..options.clone() };
     let holds_all = |options: &Options| whole_bytes(stored, options)[0] <= memory;
     let fits = |chunk: &usize| {
         let larger = with(*chunk);
-        chunk_bytes(stored.shape, &larger) <= memory / 16
+        let most = (*chunk).min(context(stored.shape, options).unwrap_or(1));
+        let whole = super::chunk::layout(stored.shape, &larger, most, buffer_bytes);
+        whole.tokens() == most
+            && chunk_bytes(stored.shape, &larger) <= memory / 16
             && holds_all(&larger) == holds_all(options)
     };
     CHUNKS.into_iter().find(fits).unwrap_or(options.prefill_chunk)
@@ -251,13 +266,15 @@ mod tests {
         };
         let options = Options { context: Some(2048), prefill_chunk: 100, ..Options::default() };
         let of = |chunk| Options { prefill_chunk: chunk, ..options.clone() };
-        let within = |memory| chunk_within(memory, &stored, &options);
+        let within = |memory| chunk_within([memory, u64::MAX], &stored, &options);
         let least = |chunk| {
             let larger = of(chunk);
             let whole = whole_bytes(&stored, &larger)[0];
             whole.max(16 * chunk_bytes(stored.shape, &larger))
         };
         assert!(least(2048) > least(1024));
+        // A chunk that the device's buffers do not hold is not asked for.
+        assert_eq!(chunk_within([u64::MAX, 1 << 20], &stored, &options), 100);
         assert_eq!([least(2048), least(2048) - 1].map(within), [2048, 1024]);
         assert_eq!([least(1024) - 1, whole_bytes(&stored, &options)[0]].map(within), [100, 100]);
     }

@@ -160,6 +160,10 @@ fn next_layer<'a>(
     })
 }
 
+/// Copies of a chunk's rows that a GPU's session has: the embeddings, what is handed over, what comes back,
+/// and what was there before.
+const ROWS_BESIDE_GPU: usize = 4;
+
 /// Buffers of the forward pass, grown to the largest chunk seen and then reused.
 #[derive(Default)]
 pub struct Scratch {
@@ -180,6 +184,9 @@ impl Scratch {
     pub fn bytes(shape: &Shape, options: &Options, context: usize) -> u64 {
         let tokens = options.prefill_chunk.min(context).max(1);
         let (a, width) = (&shape.attention, feed_forward_width(shape));
+        if options.gpu.is_some() {
+            return Self::beside_gpu_bytes(shape, options, (tokens, context));
+        }
         let pairs = (tokens, top_k(shape, options));
         let session = Self::rows_floats(shape, options, tokens)
             + ExpertScratch::floats(&shape.moe, shape.hidden, width, pairs)
@@ -188,6 +195,24 @@ impl Scratch {
         let multiply = multiply_floats(widest(shape), tokens) + 2 * TILE_ROWS * tokens;
         let delta = shape.delta.as_ref().map_or(0, DeltaScratch::thread_floats);
         let thread = Gathering::thread_floats(a).max(delta).max(multiply);
+        ((session + options.threads * thread) * size_of::<f32>()) as u64
+    }
+
+    /// The same where a GPU computes: a chunk's rows on their way there and back and where they land, with
+    /// their rotations, and what computes a token's missing experts.
+    fn beside_gpu_bytes(
+        shape: &Shape,
+        options: &Options,
+        (tokens, context): (usize, usize),
+    ) -> u64 {
+        let (width, pairs) = (feed_forward_width(shape), (1, top_k(shape, options)));
+        let landing = shape.hidden.max(shape.moe.experts);
+        let rows = ROWS_BESIDE_GPU * shape.hidden + landing + 3 * shape.attention.rotary_dims;
+        let session = tokens * rows
+            + ExpertScratch::floats(&shape.moe, shape.hidden, width, pairs)
+            + shape.vocab
+            + context;
+        let thread = multiply_floats(widest(shape), 1) + 2 * TILE_ROWS;
         ((session + options.threads * thread) * size_of::<f32>()) as u64
     }
 

@@ -198,8 +198,10 @@ impl<'a> Walk<'a> {
     fn decode(&mut self, session: &mut Session, tokens: usize, pool: PoolState) -> Result<()> {
         let bar = self.bar("decode", session.position(), tokens);
         let has_clock = self.engine.gpu().is_some_and(Gpu::has_clock);
-        // Its stages are timed in the tokens behind those whose speed counts: the clock slows them down.
-        let clocked = if has_clock { tokens / CLOCKED } else { 0 };
+        // Its stages are timed in the tokens behind those whose speed counts: the clock slows them down. Behind
+        // cold tokens come warm ones.
+        let apart = has_clock && pool == PoolState::Warm;
+        let clocked = if apart { tokens / CLOCKED } else { 0 };
         let walked = tokens - clocked;
         self.let_clock_run(clocked == 0);
         self.timed(session, (Phase::Decode, pool), walked, |session, steps| {
