@@ -254,6 +254,14 @@ fn forbid(logits: &mut [f32], allowed: &[u32]) {
     }
 }
 
+/// The token of the largest logit, `[vocabulary]`; the lowest id among equals.
+///
+/// # Errors
+/// A logit is NaN or positive infinity, or none is finite.
+pub fn likeliest(logits: &[f32]) -> Result<TokenId> {
+    largest(logits).map(|best| TokenId(best.id))
+}
+
 /// The largest logit, the lowest id among equals.
 ///
 /// Where it lies is looked up in one run of logits alone: a vocabulary has a quarter of a million, and a fast
@@ -281,18 +289,22 @@ fn largest(logits: &[f32]) -> Result<Candidate> {
     }
 }
 
-/// The largest of a run, and whether one is NaN or positive infinity. Side by side, as vectors are.
+/// The largest of a run, and whether one is NaN or positive infinity. Side by side, as vectors are: what is
+/// kept of a lane is as wide as a logit.
 fn most(run: &[f32]) -> (f32, bool) {
     const LANES: usize = 16;
     let mut most = [f32::NEG_INFINITY; LANES];
-    let mut is_odd = [false; LANES];
-    for some in run.chunks(LANES) {
-        for ((most, is_odd), logit) in most.iter_mut().zip(&mut is_odd).zip(some) {
+    let mut odd = [0u32; LANES];
+    let mut see = |some: &[f32]| {
+        for ((most, odd), logit) in most.iter_mut().zip(&mut odd).zip(some) {
             *most = if *logit > *most { *logit } else { *most };
-            *is_odd |= logit.is_nan() || *logit == f32::INFINITY;
+            *odd |= u32::from(logit.is_nan()) | u32::from(*logit == f32::INFINITY);
         }
-    }
-    (most.into_iter().fold(f32::NEG_INFINITY, f32::max), is_odd.contains(&true))
+    };
+    let (whole, rest) = run.as_chunks::<LANES>();
+    whole.iter().for_each(|some| see(some));
+    see(rest);
+    (most.into_iter().fold(f32::NEG_INFINITY, f32::max), odd.iter().any(|odd| *odd != 0))
 }
 
 fn possible(logits: &[f32]) -> impl Iterator<Item = Candidate> + '_ {

@@ -10,11 +10,10 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
 use flash_moe_engine::engine::Engine;
+use flash_moe_engine::sampler::likeliest;
 use flash_moe_engine::session::Session;
 use flash_moe_engine::shape::TokenId;
 use serde::Serialize;
-
-use super::prompt::likeliest;
 
 /// Tokens of the prompt: enough for the chunked form of every layer.
 pub const TOKENS: usize = 12;

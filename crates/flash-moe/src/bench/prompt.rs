@@ -1,9 +1,8 @@
-//! Tokens to run on: random ids from a seed, and the likeliest next token.
+//! Tokens to run on: random ids from a seed.
 //!
 //! Random ids are no language. They cost what text costs, and route nearly uniformly, which is the
 //! worst case for a cache of experts.
 
-use anyhow::{Result, bail};
 use flash_moe_engine::shape::TokenId;
 
 /// The splitmix64 generator.
@@ -31,25 +30,6 @@ pub fn random_ids(seed: u64, count: usize, vocabulary: usize) -> Vec<TokenId> {
     (0..count).map(|_| TokenId(random.below(vocabulary) as u32)).collect()
 }
 
-/// The likeliest token; the first of several.
-///
-/// # Errors
-/// A logit is NaN or +inf, or none is finite.
-pub fn likeliest(logits: &[f32]) -> Result<TokenId> {
-    let mut best = (0, f32::NEG_INFINITY);
-    for (i, &logit) in logits.iter().enumerate() {
-        if logit > best.1 {
-            best = (i, logit);
-        } else if logit.is_nan() {
-            bail!("the logit of token {i} is not a number; run `flash-moe verify` on the model");
-        }
-    }
-    if !best.1.is_finite() {
-        bail!("the largest logit is {}; run `flash-moe verify` on the model", best.1);
-    }
-    Ok(TokenId(best.0 as u32))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -61,13 +41,5 @@ mod tests {
         assert_ne!(ids, random_ids(4, 1000, 77));
         assert!(ids.iter().all(|id| id.0 < 77));
         assert_eq!(ids[..10], random_ids(3, 10, 77));
-    }
-
-    #[test]
-    fn the_first_of_the_largest_logits_wins_and_bad_ones_are_refused() {
-        assert_eq!(likeliest(&[1.0, 3.0, 3.0, f32::NEG_INFINITY]).unwrap(), TokenId(1));
-        for bad in [[0.0, f32::NAN], [0.0, f32::INFINITY], [f32::NEG_INFINITY; 2]] {
-            assert!(likeliest(&bad).is_err(), "{bad:?}");
-        }
     }
 }

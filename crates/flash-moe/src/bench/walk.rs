@@ -12,6 +12,7 @@ use anyhow::Result;
 use flash_moe_engine::engine::Engine;
 use flash_moe_engine::gpu::{Gpu, GpuCounters};
 use flash_moe_engine::pool::Pool;
+use flash_moe_engine::sampler::likeliest;
 use flash_moe_engine::session::Session;
 use flash_moe_engine::shape::TokenId;
 use flash_moe_engine::store::StoreCounters;
@@ -21,7 +22,6 @@ use serde::Serialize;
 
 use super::course::{Course, SYNTHETIC_PROMPT};
 use super::limits::{Disk, GemmProbe, MemoryProbe};
-use super::prompt::likeliest;
 
 /// Prompt or output.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
@@ -175,7 +175,7 @@ impl<'a> Walk<'a> {
                 bar.set_position(done as u64);
                 ControlFlow::Continue(())
             })?;
-            likeliest(session.logits()).map(|_| ())
+            Ok(likeliest(session.logits()).map(|_| ())?)
         })?;
         bar.finish_and_clear();
         Ok(())
@@ -211,7 +211,7 @@ impl<'a> Walk<'a> {
                 steps.push(started.elapsed().as_secs_f64());
                 bar.inc(1);
             }
-            likeliest(session.logits()).map(|_| ())
+            Ok(likeliest(session.logits()).map(|_| ())?)
         })?;
         if clocked > 0 {
             self.let_clock_run(true);
