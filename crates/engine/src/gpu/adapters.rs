@@ -15,7 +15,6 @@ use crate::budget::gib;
 use crate::container::Container;
 use crate::engine::Options;
 use crate::error::{Error, Result};
-use crate::weights::Weights;
 
 /// One adapter.
 #[derive(Clone)]
@@ -188,12 +187,7 @@ pub fn auto(
     let Some(memory) = memory else {
         return Err(format!("{} does not say how much memory it has", adapter.name));
     };
-    let stored = Stored {
-        shape: container.shape(),
-        records: container.layouts(),
-        dense_bytes: Weights::stored_bytes(container),
-    };
-    let [whole, experts] = super::plan::whole_bytes(&stored, options);
+    let [whole, experts] = super::plan::whole_bytes(&Stored::of(container), options);
     match holds_enough(memory, whole, experts) {
         true => Ok(GpuOptions { adapter: Some(number), ..wanted }),
         false => Err(format!(
@@ -206,7 +200,7 @@ pub fn auto(
 }
 
 /// Whether a GPU's memory holds a third of the experts beside everything else: with fewer than were tried
-/// (docs/measurements.md, 36) it may be slower than the processor by itself.
+/// (docs/measurements.md, 36 and 40) it may be slower than the processor by itself.
 fn holds_enough(memory: u64, whole: u64, experts: u64) -> bool {
     memory >= whole - experts + experts.div_ceil(3)
 }

@@ -8,10 +8,11 @@ use std::path::PathBuf;
 
 use crate::budget::{Line, gib};
 use crate::compute::Compute;
-use crate::container::{Precision, RecordLayout};
+use crate::container::{Container, Precision, RecordLayout};
 use crate::engine::Options;
 use crate::shape::Shape;
 use crate::store::ExpertStore;
+use crate::weights::Weights;
 
 /// What to do where there is nothing to list.
 pub const NO_ADAPTER: &str = "no GPU: neither a Vulkan loader with a driver (on Debian libvulkan1 and \
@@ -125,6 +126,17 @@ pub struct Stored<'a> {
     pub records: &'a [RecordLayout],
     /// Dense weights.
     pub dense_bytes: u64,
+}
+
+impl<'a> Stored<'a> {
+    /// That of a container.
+    pub fn of(container: &'a Container) -> Self {
+        Self {
+            shape: container.shape(),
+            records: container.layouts(),
+            dense_bytes: Weights::stored_bytes(container),
+        }
+    }
 }
 
 /// What is done about missing experts, and why.

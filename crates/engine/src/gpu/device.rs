@@ -72,12 +72,11 @@ impl Device {
         let has_subgroups = adapter.features().contains(wgpu::Features::SUBGROUP);
         let subgroups = has_subgroups && info.subgroup_min_size >= TEAM;
         let tensor = tensor(adapter);
-        let has_windows = window::is_seen(adapter);
-        let windows = [wgpu::Features::empty(), wgpu::Features::MAPPABLE_PRIMARY_BUFFERS];
+        let windows = window::is_seen(adapter).then_some(wgpu::Features::MAPPABLE_PRIMARY_BUFFERS);
         let wanted = wgpu::Features::SUBGROUP
             | wgpu::Features::TIMESTAMP_QUERY
             | wgpu::Features::PIPELINE_CACHE
-            | windows[usize::from(has_windows)]
+            | windows.unwrap_or_default()
             | tensor.map_or(wgpu::Features::empty(), |_| TENSOR_FEATURES);
         let experimental_features = match tensor {
             None => wgpu::ExperimentalFeatures::disabled(),

@@ -259,11 +259,7 @@ mod tests {
     fn a_chunk_takes_little_memory_and_keeps_no_expert_out() {
         let tiny = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models/tiny");
         let container = Container::open(&tiny).expect("the built-in model");
-        let stored = Stored {
-            shape: container.shape(),
-            records: container.layouts(),
-            dense_bytes: Weights::stored_bytes(&container),
-        };
+        let stored = Stored::of(&container);
         let options = Options { context: Some(2048), prefill_chunk: 100, ..Options::default() };
         let of = |chunk| Options { prefill_chunk: chunk, ..options.clone() };
         let within = |memory| chunk_within([memory, u64::MAX], &stored, &options);

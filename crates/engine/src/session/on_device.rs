@@ -159,7 +159,7 @@ impl Session {
     }
 
     /// Brings the memories to the device, where they are not there.
-    fn go_to(&mut self, gpu: &Gpu) -> Result<()> {
+    pub(super) fn go_to(&mut self, gpu: &Gpu) -> Result<()> {
         if self.timeline.is_some() {
             return Ok(());
         }

@@ -4,6 +4,8 @@
 //! timed like a real context and means nothing: the delta-net states and the logits stay as they
 //! were. Only benches ask for it, and they say so.
 
+use std::sync::Arc;
+
 use super::{Memory, Session};
 use crate::error::Result;
 use crate::kv_cache::PAGE_POSITIONS;
@@ -36,7 +38,9 @@ impl Session {
             }
         });
         self.tokens.extend_from_slice(tokens);
-        Ok(())
+        // So that no token's time has their way to a device in it.
+        let engine = Arc::clone(&self.engine);
+        engine.gpu.as_ref().map_or(Ok(()), |gpu| self.go_to(gpu))
     }
 }
 

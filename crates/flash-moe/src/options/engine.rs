@@ -15,7 +15,6 @@ use flash_moe_engine::gpu::{self, GpuOptions, Misses, Stored};
 use flash_moe_engine::kv_cache::{KvFormat, PAGE_POSITIONS};
 use flash_moe_engine::store::{IoMode, Reader};
 use flash_moe_engine::tokenizer::{TOKENIZER_FILE, Tokenizer};
-use flash_moe_engine::weights::Weights;
 use flash_moe_engine::{Arithmetic, Lookahead};
 use flash_moe_kernels::Isa;
 
@@ -288,12 +287,7 @@ impl EngineArgs {
         };
         let auto = |exact: &Options, wanted| gpu::auto(&model.container, exact, wanted);
         let options = self.on_device(&auto, options)?;
-        let stored = Stored {
-            shape: model.container.shape(),
-            records: model.container.layouts(),
-            dense_bytes: Weights::stored_bytes(&model.container),
-        };
-        self.in_chunks(&stored, options)
+        self.in_chunks(&Stored::of(&model.container), options)
     }
 
     /// The same with the chunk of a prompt that the device takes best, unless one was asked for.
