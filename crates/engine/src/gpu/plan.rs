@@ -7,7 +7,7 @@
 use super::adapters::{Adapter, AdapterKind, pick};
 use super::dense::packed_bytes;
 use super::layout::{Layout, top_k};
-use super::{GpuOptions, Stored, VideoBudget, slots, tiers};
+use super::{GpuOptions, Misses, Stored, VideoBudget, slots, tiers};
 use crate::budget::{Line, context, gib};
 use crate::container::RecordLayout;
 use crate::engine::Options;
@@ -76,8 +76,16 @@ pub fn plan(demand: &Demand, adapter: &Adapter, wanted: &GpuOptions) -> Result<V
         )));
     }
     budget.resident = budget.slots_each == budget.experts;
-    budget.direct = adapter.has_windows && !budget.resident && !wanted.staged;
+    budget.direct =
+        adapter.has_windows && !budget.resident && writes_slots(wanted, budget.is_shared);
     Ok(budget)
+}
+
+/// Whether records are written to slots that this program sees. On a card's own memory only where all that is
+/// missing is uploaded: otherwise the processor computes better while records go there by themselves
+/// (docs/measurements.md, 41).
+fn writes_slots(wanted: &GpuOptions, is_shared: bool) -> bool {
+    !wanted.staged && (is_shared || wanted.misses == Misses::Upload)
 }
 
 fn refuse(budget: &VideoBudget, floor: usize) -> Result<VideoBudget> {
@@ -254,6 +262,17 @@ mod tests {
     use super::*;
     use crate::container::Container;
     use std::path::Path;
+
+    #[test]
+    fn a_card_s_slots_are_written_where_all_that_is_missing_is_uploaded() {
+        let written = |misses, is_shared, staged| {
+            writes_slots(&GpuOptions { misses, staged, ..GpuOptions::default() }, is_shared)
+        };
+        let all = [Misses::Auto, Misses::Upload, Misses::Cpu];
+        assert_eq!(all.map(|misses| written(misses, false, false)), [false, true, false]);
+        assert_eq!(all.map(|misses| written(misses, true, false)), [true; 3]);
+        assert_eq!(all.map(|misses| written(misses, true, true)), [false; 3]);
+    }
 
     #[test]
     fn a_chunk_takes_little_memory_and_keeps_no_expert_out() {

@@ -60,8 +60,8 @@ pub struct EngineArgs {
     pub gpu_misses: MissesChoice,
 
     /// How an expert's record comes to video memory. auto writes it where the kernels read it if the
-    /// processor sees all of that memory (`flash-moe devices`: direct uploads); staged always takes memory for uploads in
-    /// between. The numbers do not depend on it.
+    /// processor sees all of that memory (`flash-moe devices`: direct uploads) and either has the same or uploads all
+    /// that is missing; staged always takes memory for uploads in between. The numbers do not depend on it.
     #[arg(long, value_name = "auto|staged", value_enum, default_value_t = UploadsChoice::Auto, help_heading = "Machine")]
     pub gpu_uploads: UploadsChoice,
 
