@@ -277,7 +277,9 @@ fn largest(logits: &[f32]) -> Result<Candidate> {
         if is_odd {
             let id = named(&|logit| logit.is_nan() || logit == f32::INFINITY);
             let logit = logits[id as usize];
-            return Err(Error::NotFinite(format!("the logit of token {id} is {logit}")));
+            return Err(Error::NotFinite(format!(
+                "the logit of token {id} is {logit}; run `flash-moe verify` on the model"
+            )));
         }
         if most > best.logit {
             best = Candidate { logit: most, id: named(&|logit| logit == most) };

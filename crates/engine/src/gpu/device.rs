@@ -72,11 +72,14 @@ impl Device {
         let has_subgroups = adapter.features().contains(wgpu::Features::SUBGROUP);
         let subgroups = has_subgroups && info.subgroup_min_size >= TEAM;
         let tensor = tensor(adapter);
-        let windows = window::is_seen(adapter).then_some(wgpu::Features::MAPPABLE_PRIMARY_BUFFERS);
+        let windows = match window::is_seen(adapter) {
+            true => wgpu::Features::MAPPABLE_PRIMARY_BUFFERS,
+            false => wgpu::Features::empty(),
+        };
         let wanted = wgpu::Features::SUBGROUP
             | wgpu::Features::TIMESTAMP_QUERY
             | wgpu::Features::PIPELINE_CACHE
-            | windows.unwrap_or_default()
+            | windows
             | tensor.map_or(wgpu::Features::empty(), |_| TENSOR_FEATURES);
         let experimental_features = match tensor {
             None => wgpu::ExperimentalFeatures::disabled(),
