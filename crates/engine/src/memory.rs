@@ -4,18 +4,28 @@
 //! memory, the offset and the length aligned to that. A block is zero when made and never grows. It is
 //! a mapping of its own: the system hands out zero pages as they are touched, and has them back when
 //! the block is dropped, where an allocator keeps the memory of every thread that has ever asked.
+//! A lent block is somebody else's memory, whatever that is aligned to.
 
 use std::alloc::{Layout, handle_alloc_error};
+use std::ops::DerefMut;
 
 use memmap2::MmapMut;
 
 /// Alignment of record strides, direct reads and blocks, in bytes.
 pub const PAGE_BYTES: usize = 4096;
 
-/// An owned, page-aligned run of bytes.
+/// A run of bytes, page-aligned unless it is lent.
 pub struct Block {
-    memory: MmapMut,
+    memory: Memory,
     bytes: usize,
+}
+
+/// Bytes that another lends until they are dropped.
+pub type LentBytes = Box<dyn DerefMut<Target = [u8]> + Send + Sync>;
+
+enum Memory {
+    Own(MmapMut),
+    Lent(LentBytes),
 }
 
 impl Block {
@@ -26,7 +36,12 @@ impl Block {
             let layout = Layout::from_size_align(length, PAGE_BYTES);
             handle_alloc_error(layout.expect("less than half of the address space"))
         });
-        Self { memory, bytes }
+        Self { memory: Memory::Own(memory), bytes }
+    }
+
+    /// Memory that another lends.
+    pub fn lent(memory: LentBytes) -> Self {
+        Self { bytes: memory.len(), memory: Memory::Lent(memory) }
     }
 
     /// Memory that a block of `bytes` takes.
@@ -36,12 +51,18 @@ impl Block {
 
     /// The bytes asked for.
     pub fn bytes(&self) -> &[u8] {
-        &self.memory[..self.bytes]
+        match &self.memory {
+            Memory::Own(memory) => &memory[..self.bytes],
+            Memory::Lent(memory) => memory,
+        }
     }
 
     /// The bytes asked for, writable.
     pub fn bytes_mut(&mut self) -> &mut [u8] {
-        &mut self.memory[..self.bytes]
+        match &mut self.memory {
+            Memory::Own(memory) => &mut memory[..self.bytes],
+            Memory::Lent(memory) => memory,
+        }
     }
 }
 

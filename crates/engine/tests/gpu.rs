@@ -258,6 +258,19 @@ fn with_slots(whole: &Engine, slots: usize) -> Options {
     options
 }
 
+/// Whether records are read where the device reads them, as they are where both have one memory and most of
+/// it is the device's. Buffered reads go to any memory.
+fn in_place(engine: &Engine) -> bool {
+    let budget = engine.gpu().expect("a GPU").budget();
+    let slots = budget.slots_each * engine.shape().layers.len();
+    budget.direct && budget.is_shared && engine.store().slots() <= slots
+}
+
+/// The same with a pool of one token's experts.
+fn with_least(whole: &Engine, options: Options) -> Options {
+    Options { memory_bytes: Some(whole.budget().smallest()), ..options }
+}
+
 /// The same with records that take memory for uploads on their way, or not where they need not.
 fn by_way(options: Options, staged: bool) -> Options {
     Options { gpu: options.gpu.map(|gpu| GpuOptions { staged, ..gpu }), ..options }
@@ -267,19 +280,27 @@ fn by_way(options: Options, staged: bool) -> Options {
 fn experts_that_stream_give_the_bits_of_experts_that_stay() {
     for adapter in all_adapters() {
         let whole = open(&options(on(adapter)));
-        assert!(whole.gpu().expect("a GPU").budget().resident);
+        let gpu = whole.gpu().expect("a GPU");
+        assert!(gpu.budget().resident);
+        let counters = gpu.counters();
+        assert_eq!(counters.read_in_place, counters.uploads * u64::from(in_place(&whole)));
         let expected = logits(&whole, 20);
         let (top_k, experts) = (whole.top_k(), whole.shape().moe.experts);
         let directly = adapters()[adapter].features.contains(&"direct uploads");
         for slots in [top_k, top_k + 1, experts / 2, experts - 1] {
-            for staged in [true, false] {
-                let streamed = open(&by_way(with_slots(&whole, slots), staged));
+            let small = with_slots(&whole, slots);
+            let ways = [true, false].map(|staged| (staged, by_way(small.clone(), staged)));
+            for (staged, way) in ways.into_iter().chain([(false, with_least(&whole, small))]) {
+                let streamed = open(&way);
                 let gpu = streamed.gpu().expect("a GPU");
                 assert_eq!(gpu.budget().slots_each, slots);
                 assert_eq!(gpu.budget().direct, directly && !staged);
                 let own = logits(&streamed, 20);
                 assert!(own == expected, "other bits with {slots} slots, staged: {staged}");
-                assert!(gpu.counters().uploads > experts as u64);
+                let counters = gpu.counters();
+                assert!(counters.uploads > experts as u64);
+                let in_place = u64::from(in_place(&streamed));
+                assert_eq!(counters.read_in_place, counters.uploads * in_place);
             }
         }
     }
@@ -301,7 +322,8 @@ fn the_processor_computes_what_video_memory_misses() {
             assert!(counters.computed > 20, "{counters:?}");
             // A prompt is the device's own; what is admitted was chosen twice.
             assert!(counters.admitted > 0 && counters.admitted < counters.computed, "{counters:?}");
-            let again = open(&with_misses(&whole, slots, Misses::Cpu));
+            // What has a slot behind a prompt depends on how it got there.
+            let again = open(&by_way(with_misses(&whole, slots, Misses::Cpu), staged));
             assert!(logits(&again, 20) == own, "other bits in another run");
         }
     }
@@ -332,7 +354,7 @@ fn who_computes_what_is_missing_is_measured_once() {
         let expected = logits(&whole, 6);
         for staged in [true, false] {
             let auto = with_misses(&whole, whole.top_k(), Misses::Auto);
-            let engine = open(&by_way(auto, staged));
+            let engine = open(&by_way(auto.clone(), staged));
             let gpu = engine.gpu().expect("a GPU");
             let plan = gpu.misses();
             let rates = plan.rates.expect("measured");
@@ -343,6 +365,11 @@ fn who_computes_what_is_missing_is_measured_once() {
             assert!(worst(&logits(&engine, 6), &expected) <= BOUND);
             assert_eq!(gpu.misses(), plan);
             assert_eq!(gpu.counters().computed > 0, plan.computed_eighths > 0);
+            let engine = open(&with_least(&whole, by_way(auto, staged)));
+            let plan = engine.gpu().expect("a GPU").misses();
+            // What is read to where the device reads it is the device's.
+            assert_eq!(plan.rates.is_none(), in_place(&engine));
+            assert!(plan.rates.is_some() || plan.computed_eighths == 0);
         }
     }
 }
@@ -389,9 +416,9 @@ fn hold(store: &ExpertStore, engine: &Engine) -> Vec<impl Sized> {
 fn what_is_here_is_handed_over_before_what_is_missing_is_waited_for() {
     for adapter in all_adapters() {
         let whole = open(&options(on(adapter)));
-        let small = with_slots(&whole, whole.top_k());
-        let small = Options { memory_bytes: Some(whole.budget().smallest()), ..small };
-        let engine = open(&small);
+        // Records that go through the store's slots, which are all held.
+        let small = by_way(with_slots(&whole, whole.top_k()), true);
+        let engine = open(&with_least(&whole, small));
         let gpu = engine.gpu().expect("a GPU");
         let expected = logits(&whole, 1);
         let mut session = Session::new(&engine);
@@ -422,7 +449,8 @@ fn a_failed_read_harms_no_token_after_it() {
         let whole = open(&options(on(adapter)));
         let copy = tempfile::tempdir().expect("a directory");
         let layer = breakable(copy.path());
-        let engine = open_at(copy.path(), &with_slots(&whole, whole.top_k()));
+        // What is read in place fails as what is read to the pool does.
+        let engine = open_at(copy.path(), &with_least(&whole, with_slots(&whole, whole.top_k())));
         let mut session = Session::new(&engine);
         prefill(&mut session, 0..PROMPT);
         let kept = session.checkpoint().expect("a whole session");

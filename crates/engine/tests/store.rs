@@ -5,7 +5,7 @@
 //! expert, file and offset, and a session that met it computes nothing more.
 
 use std::fs::{self, OpenOptions};
-use std::ops::ControlFlow;
+use std::ops::{ControlFlow, Deref, DerefMut};
 use std::path::Path;
 use std::sync::{Arc, Barrier};
 use std::time::{Duration, Instant};
@@ -13,9 +13,10 @@ use std::time::{Duration, Instant};
 use flash_moe_engine::budget::Budget;
 use flash_moe_engine::container::Container;
 use flash_moe_engine::engine::{Engine, Options};
+use flash_moe_engine::memory::Block;
 use flash_moe_engine::session::Session;
 use flash_moe_engine::shape::{ExpertId, LayerId, TokenId};
-use flash_moe_engine::store::{ExpertStore, IoMode, Landed, Reader, StoreOptions};
+use flash_moe_engine::store::{ExpertStore, IoMode, Landed, Purpose, Reader, StoreOptions};
 use flash_moe_engine::{Arithmetic, Error, Lookahead};
 use tempfile::TempDir;
 
@@ -88,6 +89,108 @@ fn records_are_the_files_bytes_in_any_pool_and_way_of_reading() {
 
 fn ways() -> impl Iterator<Item = (IoMode, Reader)> {
     READERS.into_iter().flat_map(|r| [IoMode::Auto, IoMode::Buffered].map(|io| (io, r)))
+}
+
+/// Fetches into lent blocks of these sizes and checks each record against the file; how many were in them.
+fn fetch_all_into(
+    store: &ExpertStore,
+    container: &Container,
+    layer: u16,
+    experts: &[u16],
+) -> usize {
+    let entry = &container.manifest().experts[usize::from(layer)];
+    let file = fs::read(container.dir().join(&entry.file)).expect("a layer file");
+    let lend = |&expert| (ExpertId(expert), Block::zeroed(entry.stride_bytes));
+    let mut fetch = store.fetch_into(LayerId(layer), experts.iter().map(lend), Purpose::Use);
+    let mut in_them = 0;
+    for &expert in experts {
+        let record = fetch.next_in_order().expect("an intact record").expect("one for each");
+        let start = usize::from(expert) * entry.stride_bytes;
+        assert!(record[..entry.record_bytes] == file[start..][..entry.record_bytes]);
+        in_them += usize::from(record.is_lent());
+    }
+    assert!(fetch.next_in_order().expect("no read").is_none());
+    in_them
+}
+
+#[test]
+fn lent_blocks_get_the_files_bytes_and_the_pool_none_of_them() {
+    let (_dir, container) = model();
+    for (io, reader) in ways() {
+        let store = store(&container, 4, io, reader);
+        let all: Vec<u16> = (0..EXPERTS).collect();
+        for layer in [0, 11, 0] {
+            assert_eq!(fetch_all_into(&store, &container, layer, &all), all.len());
+        }
+        assert_eq!(store.occupancy(), (4, 0));
+        let counters = store.counters();
+        assert_eq!((counters.hits, counters.misses), (0, 3 * u64::from(EXPERTS)));
+        fetch_all(&store, &container, 3, &[7, 9]);
+        assert_eq!(fetch_all_into(&store, &container, 3, &[7, 8, 9]), 1);
+        assert_eq!(store.counters().hits, 2);
+        let block = Block::zeroed(container.layouts()[0].padded_bytes());
+        assert_eq!(store.reads_into(block), store.reader() == Reader::Threads);
+    }
+}
+
+#[test]
+fn a_lent_block_that_is_too_short_or_a_file_that_is_cut_off_is_an_error_and_not_remembered() {
+    for (io, reader) in ways() {
+        let (dir, container) = model();
+        let store = store(&container, 10, io, reader);
+        assert!(!store.reads_into(Block::zeroed(100)));
+        let layer = dir.path().join("experts/layer_05.bin");
+        let whole = fs::read(&layer).expect("a layer file");
+        cut(&layer, 20 * 28_672 + 100);
+        let lend = |expert| (ExpertId(expert), Block::zeroed(28_672));
+        let mut fetch =
+            store.fetch_into(LayerId(5), [20, 19, 18].into_iter().map(lend), Purpose::Scan);
+        let error = fetch.next_in_order().err().expect("the record is cut off");
+        drop(fetch);
+        let text = error.to_string();
+        assert!(text.contains("layer_05.bin") && text.contains("truncated"), "{text}");
+        assert!(matches!(error, Error::Record { expert: ExpertId(20), .. }), "{text}");
+        fs::write(&layer, whole).expect("the layer file");
+        assert_eq!(fetch_all_into(&store, &container, 5, &[18, 20]), 2);
+    }
+}
+
+#[test]
+fn a_fetch_that_is_dropped_gives_its_blocks_back_when_no_read_has_them() {
+    let (_dir, container) = model();
+    for (io, reader) in ways() {
+        let store = store(&container, 4, io, reader);
+        let lent = Arc::new(());
+        for layer in 0..12 {
+            let lend = |expert| {
+                let bytes = Watched { bytes: vec![0; 28_672], _lent: Arc::clone(&lent) };
+                (ExpertId(expert), Block::lent(Box::new(bytes)))
+            };
+            let fetch = store.fetch_into(LayerId(layer), (0..40).map(lend), Purpose::Scan);
+            drop(fetch);
+            assert_eq!(Arc::strong_count(&lent), 1);
+        }
+    }
+}
+
+/// Bytes that tell when they are given back.
+struct Watched {
+    bytes: Vec<u8>,
+    _lent: Arc<()>,
+}
+
+impl Deref for Watched {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.bytes
+    }
+}
+
+impl DerefMut for Watched {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        &mut self.bytes
+    }
 }
 
 #[test]

@@ -50,7 +50,9 @@ pub struct Misses {
 pub struct Fed {
     /// Records brought to video memory.
     pub uploads: u64,
-    /// Their bytes.
+    /// Of these, records that were read from the disk into their slots and never copied.
+    pub read_in_place: u64,
+    /// Bytes of all.
     pub upload_bytes: u64,
     /// Records of these that the processor had computed before.
     pub admitted: u64,
@@ -78,6 +80,7 @@ impl From<GpuCounters> for Fed {
     fn from(counters: GpuCounters) -> Self {
         Self {
             uploads: counters.uploads,
+            read_in_place: counters.read_in_place,
             upload_bytes: counters.upload_bytes,
             admitted: counters.admitted,
             computed: counters.computed,
@@ -121,9 +124,13 @@ impl Video {
     pub fn line(&self, decoded: usize) -> String {
         let each = |count: u64| count as f64 / decoded.max(1) as f64;
         let d = &self.decode;
+        let in_place = match d.read_in_place {
+            0 => String::new(),
+            _ => format!("{:.1} of them read in place, ", each(d.read_in_place)),
+        };
         format!(
-            "{:<11}{:.1} experts a token uploaded ({}), {:.1} computed by the processor in {:.3} ms, \
-             {} waits for memory for uploads",
+            "{:<11}{:.1} experts a token uploaded ({}), {in_place}{:.1} computed by the processor in \
+             {:.3} ms, {} waits for memory for uploads",
             "to the GPU",
             each(d.uploads),
             gib(each(d.upload_bytes) as u64),
@@ -172,6 +179,12 @@ mod tests {
              1 waits for memory for uploads"
         );
         let object = serde_json::to_value(&video).unwrap();
+        let decode = Fed { read_in_place: 15, ..video.decode };
+        let line = Video { decode, ..video }.line(10);
+        assert!(
+            line.contains("uploaded (2.0 MiB), 1.5 of them read in place, 3.0 computed"),
+            "{line}"
+        );
         assert_eq!((&object["uploads"], &object["decode"]["computed"]), (&120.into(), &30.into()));
         assert_eq!(object["misses"]["asked"], "cpu");
     }

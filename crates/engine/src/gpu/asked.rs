@@ -291,7 +291,9 @@ pub struct KernelRate {
 pub struct GpuCounters {
     /// Records brought to video memory.
     pub uploads: u64,
-    /// Their bytes.
+    /// Of these, records that were read from the disk where the device reads them, and never copied.
+    pub read_in_place: u64,
+    /// Bytes of all.
     pub upload_bytes: u64,
     /// Records that were brought after the processor had computed them.
     pub admitted: u64,
@@ -312,6 +314,7 @@ impl GpuCounters {
     pub fn since(&self, before: &Self) -> Self {
         Self {
             uploads: self.uploads - before.uploads,
+            read_in_place: self.read_in_place - before.read_in_place,
             upload_bytes: self.upload_bytes - before.upload_bytes,
             admitted: self.admitted - before.admitted,
             computed: self.computed - before.computed,

@@ -13,13 +13,15 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, Waker};
 
 use wgpu::util::DeviceExt;
-use wgpu::{BindGroup, BindGroupLayout, Buffer, BufferUsages, ComputePipeline, SubmissionIndex};
+use wgpu::{
+    BindGroup, BindGroupLayout, Buffer, BufferBinding, BufferUsages, ComputePipeline,
+    SubmissionIndex,
+};
 
 use super::slots::BUFFERS_MAX;
-use super::window;
+use super::window::{self, Window};
 use crate::budget::gib;
 use crate::error::{Error, Result};
-use crate::pool::Pool;
 
 /// Lanes of a team: rows are shared out over teams of so many.
 pub const TEAM: u32 = 32;
@@ -35,7 +37,6 @@ pub struct Device {
     device: wgpu::Device,
     queue: wgpu::Queue,
     failure: Arc<Mutex<Option<String>>>,
-    writing: Mutex<()>, // one writes to windows at a time
     pipelines: Option<wgpu::PipelineCache>,
     submissions: AtomicU64,
     buffers: AtomicU64,
@@ -116,7 +117,6 @@ impl Device {
             device,
             queue,
             failure,
-            writing: Mutex::default(),
             pipelines: None,
             submissions,
             buffers,
@@ -185,12 +185,12 @@ impl Device {
         self.allocate(name, bytes, usage)
     }
 
-    /// As [`Device::buffer`], in memory that this program can write with [`Device::write_window`] once its
-    /// zeros are there: once what was submitted so far is over.
+    /// As [`Device::buffer`], in memory that this program sees as well, and may write once its zeros are there:
+    /// once what was submitted so far is over.
     ///
     /// # Errors
     /// As [`Device::buffer`].
-    pub fn window(&self, name: &str, bytes: u64) -> Result<Buffer> {
+    pub fn window(&self, name: &str, bytes: u64) -> Result<Window> {
         let usage = BufferUsages::STORAGE
             | BufferUsages::COPY_DST
             | BufferUsages::COPY_SRC
@@ -200,20 +200,12 @@ impl Device {
         let mut encoder = self.encoder();
         encoder.clear_buffer(&buffer, 0, None);
         self.submit(encoder);
-        Ok(buffer)
+        Window::new(&self.device, buffer)
     }
 
-    /// Copies bytes to places in a window, each with its offset, by all threads. Kernels that read there
-    /// meanwhile find anything.
-    ///
-    /// # Errors
-    /// The device is lost.
-    ///
-    /// # Panics
-    /// A part that does not lie in the buffer, or two that overlap.
-    pub fn write_window(&self, window: &Buffer, pool: &Pool, parts: &[(u64, &[u8])]) -> Result<()> {
-        let _alone = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
-        window::write(&self.device, window, pool, parts)
+    /// Bytes that a part of a buffer begins at a multiple of, where kernels are given a part.
+    pub fn part_alignment(&self) -> usize {
+        self.device.limits().min_storage_buffer_offset_alignment as usize
     }
 
     /// Memory that the device copies to and this program reads.
@@ -340,9 +332,22 @@ impl Device {
     /// # Errors
     /// One is larger than a kernel can be given.
     pub fn group(&self, layout: &BindGroupLayout, buffers: &[&Buffer]) -> Result<BindGroup> {
-        let entries = (0..).zip(buffers).map(|(binding, buffer)| wgpu::BindGroupEntry {
+        let whole = buffers.iter().map(|buffer| buffer.as_entire_buffer_binding());
+        self.group_of_parts(layout, whole)
+    }
+
+    /// As [`Device::group`], of parts of buffers.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn group_of_parts<'b>(
+        &self,
+        layout: &BindGroupLayout,
+        parts: impl Iterator<Item = BufferBinding<'b>>,
+    ) -> Result<BindGroup> {
+        let entries = (0..).zip(parts).map(|(binding, part)| wgpu::BindGroupEntry {
             binding,
-            resource: buffer.as_entire_binding(),
+            resource: wgpu::BindingResource::Buffer(part),
         });
         let entries: Vec<_> = entries.collect();
         self.scoped("a group of buffers", || {

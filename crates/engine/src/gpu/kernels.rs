@@ -5,7 +5,7 @@
 
 use std::iter;
 
-use wgpu::{BindGroup, BindGroupLayout, Buffer, ComputePipeline};
+use wgpu::{BindGroup, BindGroupLayout, Buffer, BufferBinding, ComputePipeline};
 
 use super::device::{Access, Device};
 use super::source::{Give, Input, Lying, Rows, Slabs, Sources, Tile};
@@ -59,11 +59,11 @@ impl Views {
         &self,
         device: &Device,
         places: &Buffer,
-        slabs: &[Buffer],
+        slabs: &[BufferBinding],
     ) -> Result<BindGroup> {
-        let slabs_twice = slabs.iter().flat_map(|slab| [slab, slab]);
-        let buffers: Vec<&Buffer> = iter::once(places).chain(slabs_twice).collect();
-        device.group(&self.slots[slabs.len() - 1], &buffers)
+        let slabs_twice = slabs.iter().flat_map(|slab| [slab.clone(), slab.clone()]);
+        let parts = iter::once(places.as_entire_buffer_binding()).chain(slabs_twice);
+        device.group_of_parts(&self.slots[slabs.len() - 1], parts)
     }
 }
 

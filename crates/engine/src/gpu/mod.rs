@@ -192,12 +192,13 @@ impl Gpu {
         &self.budget
     }
 
-    /// Brings all experts in when all have a slot, and then no token waits for one. Otherwise decides who
-    /// computes what is missing, by measuring if that was asked for.
+    /// Finds out how records get here. Brings all experts in when all have a slot, and then no token waits for
+    /// one. Otherwise decides who computes what is missing, by measuring if that was asked for.
     ///
     /// # Errors
     /// A failed read; the device failed.
     pub fn prepare(&mut self, host: &Host) -> Result<()> {
+        self.tiers.in_place = self.reads_in_place(host)?;
         if !self.budget.resident {
             return self.plan_misses(host);
         }

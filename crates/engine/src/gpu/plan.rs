@@ -44,7 +44,7 @@ pub fn plan(demand: &Demand, adapter: &Adapter, wanted: &GpuOptions) -> Result<V
     let (shape, layouts) = (demand.shape, demand.records);
     let buffer_bytes = adapter.binding_bytes;
     let most = layouts.iter().map(|l| slots::slots_most(l, shape.moe.experts, buffer_bytes)).min();
-    let bytes = layouts.iter().map(|l| l.record_bytes().next_multiple_of(16) as u64);
+    let bytes = layouts.iter().map(|l| slots::slot_bytes(l) as u64);
     let mut budget = VideoBudget {
         adapter: adapter.name.clone(),
         limit: limit(adapter, wanted)?,
@@ -76,8 +76,8 @@ pub fn plan(demand: &Demand, adapter: &Adapter, wanted: &GpuOptions) -> Result<V
         )));
     }
     budget.resident = budget.slots_each == budget.experts;
-    budget.direct =
-        adapter.has_windows && !budget.resident && writes_slots(wanted, budget.is_shared);
+    let is_written = budget.is_shared || !budget.resident;
+    budget.direct = adapter.has_windows && is_written && writes_slots(wanted, budget.is_shared);
     Ok(budget)
 }
 

@@ -24,7 +24,8 @@ const ROUNDS: usize = 5;
 impl Gpu {
     /// Decides who computes what is missing.
     pub(super) fn plan_misses(&mut self, host: &Host) -> Result<()> {
-        if self.tiers.plan.misses != Misses::Auto {
+        // What is read into slots is not to be had another way.
+        if self.tiers.plan.misses != Misses::Auto || self.tiers.in_place {
             return Ok(());
         }
         if let Some(rates) = self.measure(host)? {

@@ -4,18 +4,21 @@
 //! slot holds which expert, and of an expert without one that it has none. Which expert leaves is decided as
 //! in the store. A record and the table are written by commands in front of the kernels that need them, so
 //! the queue's own order keeps a slot whole and the device's table is the one here, as of its last command.
-//! Slots that this program sees are written by itself instead, once no kernel reads them any more.
+//! Slots that this program sees are written by itself instead, or by the disk, once no kernel reads them any
+//! more.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use wgpu::{BindGroup, Buffer, SubmissionIndex};
+use wgpu::{BindGroup, Buffer, BufferBinding, SubmissionIndex};
 
 use super::clock::Way;
 use super::device::Device;
 use super::kernels::Views;
 use super::source::Slabs;
+use super::window::{self, Window};
 use crate::container::RecordLayout;
 use crate::error::{Error, Result};
+use crate::memory::{Block, PAGE_BYTES};
 use crate::pool::Pool;
 use crate::shape::{ExpertId, LayerId};
 use crate::store::Record;
@@ -35,10 +38,18 @@ pub struct LayerSlots {
     pub group: BindGroup,
     layer: LayerId,
     slabs: Slabs,
-    buffers: Vec<Buffer>,
-    direct: bool,
+    memory: Vec<Slab>,
     places: Buffer, // [experts], the slot of each
     table: Mutex<Table>,
+}
+
+/// Slots side by side.
+struct Slab {
+    buffer: Buffer,
+    /// Where this program sees it.
+    window: Option<Window>,
+    /// Where the first slot begins.
+    first: usize,
 }
 
 struct Table {
@@ -127,8 +138,8 @@ pub fn slabs(layout: &RecordLayout, slots: usize, buffer_bytes: u64) -> Result<S
             layout.gate.rows, layout.gate.cols
         )));
     }
-    let bytes = layout.record_bytes().next_multiple_of(16);
-    let slots_each = (buffer_bytes as usize / bytes).clamp(1, slots.max(1));
+    let bytes = slot_bytes(layout);
+    let slots_each = (slab_bytes(buffer_bytes) / bytes).clamp(1, slots.max(1));
     Ok(Slabs {
         layout: layout.clone(),
         slabs: slots.div_ceil(slots_each).clamp(1, SLABS_MAX),
@@ -137,10 +148,40 @@ pub fn slabs(layout: &RecordLayout, slots: usize, buffer_bytes: u64) -> Result<S
     })
 }
 
+/// Bytes of a slot: what is read of a file is whole pages, and goes to the start of one.
+pub fn slot_bytes(layout: &RecordLayout) -> usize {
+    layout.padded_bytes()
+}
+
+/// Bytes of a slab's slots, where the first may begin at a page.
+fn slab_bytes(buffer_bytes: u64) -> usize {
+    (buffer_bytes as usize).saturating_sub(PAGE_BYTES)
+}
+
 /// Slots that a layer can have at most, however much memory there is.
 pub fn slots_most(layout: &RecordLayout, experts: usize, buffer_bytes: u64) -> usize {
-    let bytes = layout.record_bytes().next_multiple_of(16) as u64;
-    experts.min((buffer_bytes / bytes) as usize * SLABS_MAX)
+    experts.min(slab_bytes(buffer_bytes) / slot_bytes(layout) * SLABS_MAX)
+}
+
+impl Slab {
+    /// Slots of so many bytes together, which this program sees if they are `direct`.
+    fn new(device: &Device, bytes: usize, direct: bool) -> Result<Self> {
+        if !direct {
+            let buffer = device.buffer("experts", bytes as u64)?;
+            return Ok(Self { buffer, window: None, first: 0 });
+        }
+        let window = device.window("experts", (bytes + PAGE_BYTES) as u64)?;
+        // Records that have to be copied may lie anywhere.
+        let first = Some(window.bytes_to_page());
+        let first = first.filter(|first| first.is_multiple_of(device.part_alignment()));
+        let first = first.unwrap_or(0);
+        Ok(Self { buffer: window.buffer().clone(), window: Some(window), first })
+    }
+
+    /// Its slots, as kernels see them.
+    fn slots(&self) -> BufferBinding<'_> {
+        BufferBinding { offset: self.first as u64, ..self.buffer.as_entire_buffer_binding() }
+    }
 }
 
 impl LayerSlots {
@@ -156,15 +197,11 @@ impl LayerSlots {
         direct: bool,
     ) -> Result<Self> {
         let places = device.buffer("places of experts", experts as u64 * 4)?;
-        let slot_bytes = slabs.slot_words as u64 * 4;
-        let counts = (0..slabs.slabs)
-            .map(|i| slabs.slots_each.min(slots - i * slabs.slots_each) as u64 * slot_bytes);
-        let make = |bytes| match direct {
-            true => device.window("experts", bytes),
-            false => device.buffer("experts", bytes),
-        };
-        let buffers: Vec<Buffer> = counts.map(make).collect::<Result<_>>()?;
-        let group = views.slots_group(device, &places, &buffers)?;
+        let counts = (0..slabs.slabs).map(|i| slabs.slots_each.min(slots - i * slabs.slots_each));
+        let make = |count: usize| Slab::new(device, count * slabs.slot_words * 4, direct);
+        let memory: Vec<Slab> = counts.map(make).collect::<Result<_>>()?;
+        let parts: Vec<BufferBinding> = memory.iter().map(Slab::slots).collect();
+        let group = views.slots_group(device, &places, &parts)?;
         let (places_now, held) = (vec![NOWHERE; experts], vec![NOWHERE; slots]);
         device.write(&places, 0, bytemuck::cast_slice(&places_now));
         let table = Table {
@@ -175,7 +212,7 @@ impl LayerSlots {
             tokens: 0,
             read: Vec::new(),
         };
-        Ok(Self { group, layer, slabs, buffers, direct, places, table: Mutex::new(table) })
+        Ok(Self { group, layer, slabs, memory, places, table: Mutex::new(table) })
     }
 
     /// The layer.
@@ -259,19 +296,28 @@ impl LayerSlots {
     /// The way of a record to the slot that was claimed for it.
     pub fn way(&self, (_, slot): (ExpertId, SlotId)) -> Way<'_> {
         let (slab, to) = self.place(slot);
-        Way { bytes: self.record_bytes() as u64, buffer: &self.buffers[slab], to }
+        Way { bytes: self.record_bytes() as u64, buffer: &slab.buffer, to: to as u64 }
     }
 
     /// Slab of a slot, and where in it.
-    fn place(&self, slot: SlotId) -> (usize, u64) {
+    fn place(&self, slot: SlotId) -> (&Slab, usize) {
         let index = slot.0 as usize;
         let (slab, within) = (index / self.slabs.slots_each, index % self.slabs.slots_each);
-        (slab, (within * self.slabs.slot_words * 4) as u64)
+        let slab = &self.memory[slab];
+        (slab, slab.first + within * self.slabs.slot_words * 4)
     }
 
-    /// Whether [`LayerSlots::write`] brings records here.
+    /// Whether [`LayerSlots::write`] brings records here, and [`LayerSlots::lend`] lends slots.
     pub fn is_direct(&self) -> bool {
-        self.direct
+        self.memory.iter().all(|slab| slab.window.is_some())
+    }
+
+    /// Whether every slot begins at a page, as this program sees it.
+    pub fn begin_at_pages(&self) -> bool {
+        let begins = |slab: &Slab| {
+            slab.window.as_ref().is_some_and(|window| window.bytes_to_page() == slab.first)
+        };
+        self.memory.iter().all(begins)
     }
 
     /// A choice of this layer has come back: all that was submitted before it is over.
@@ -281,17 +327,32 @@ impl LayerSlots {
 
     /// Kernels of a submission read these slots.
     pub fn read_by(&self, submission: &SubmissionIndex, slots: impl Iterator<Item = SlotId>) {
-        if self.direct {
+        if self.is_direct() {
             self.lock().read.push((submission.clone(), slots.collect()));
+        }
+    }
+
+    /// Waits until nothing reads the slots that were claimed for these experts.
+    ///
+    /// A claimed slot is nobody else's until its record has landed. What was submitted before the layer's last
+    /// choice is over; since then `read_by` was told of all that may read a slot, but for the chosen experts of
+    /// a token, which its claim pins.
+    fn free(&self, device: &Device, places: &[(ExpertId, SlotId)]) -> Result<()> {
+        let is_read = |read: &(SubmissionIndex, Vec<SlotId>)| {
+            places.iter().any(|(_, slot)| read.1.contains(slot))
+        };
+        let mut table = self.lock();
+        let waited = table.read.iter().rposition(is_read).map_or(0, |last| last + 1);
+        let last = table.read.drain(..waited).next_back();
+        drop(table);
+        match last {
+            Some((submission, _)) => device.wait_for(Some(submission)),
+            None => Ok(()),
         }
     }
 
     /// Writes records to the slots that were claimed for them, when nothing reads those any more. What is
     /// submitted from here on finds them.
-    ///
-    /// A claimed slot is nobody else's until its record has landed. What was submitted before the layer's last
-    /// choice is over; since then `read_by` was told of all that may read a slot, but for the chosen experts of
-    /// a token, which its claim pins.
     ///
     /// # Errors
     /// The device failed.
@@ -301,27 +362,28 @@ impl LayerSlots {
         pool: &Pool,
         records: &[(&Record, (ExpertId, SlotId))],
     ) -> Result<()> {
-        let is_read = |read: &(SubmissionIndex, Vec<SlotId>)| {
-            records.iter().any(|(_, (_, slot))| read.1.contains(slot))
-        };
-        let mut table = self.lock();
-        let waited = table.read.iter().rposition(is_read).map_or(0, |last| last + 1);
-        let last = table.read.drain(..waited).next_back();
-        drop(table);
-        if let Some((submission, _)) = last {
-            device.wait_for(Some(submission))?;
-        }
-        for (slab, buffer) in self.buffers.iter().enumerate() {
-            let parts = records.iter().filter_map(|(record, (_, slot))| {
-                let (of, to) = self.place(*slot);
-                (of == slab).then(|| (to, &record[..self.record_bytes()]))
-            });
-            let parts: Vec<(u64, &[u8])> = parts.collect();
-            if !parts.is_empty() {
-                device.write_window(buffer, pool, &parts)?;
-            }
-        }
+        let places: Vec<_> = records.iter().map(|(_, place)| *place).collect();
+        let lent = self.lend(device, &places)?;
+        let bytes = records.iter().map(|(record, _)| &record[..self.record_bytes()]);
+        window::write(pool, &mut lent.into_iter().zip(bytes).collect::<Vec<_>>());
         Ok(())
+    }
+
+    /// The slots that were claimed for these experts, to be filled, when nothing reads them any more.
+    ///
+    /// # Errors
+    /// The device failed.
+    ///
+    /// # Panics
+    /// This program does not see them.
+    pub fn lend(&self, device: &Device, places: &[(ExpertId, SlotId)]) -> Result<Vec<Block>> {
+        self.free(device, places)?;
+        let block = |(_, slot): &(ExpertId, SlotId)| {
+            let (slab, at) = self.place(*slot);
+            let window = slab.window.as_ref().expect("slots that this program sees");
+            window.lend(at..at + self.slabs.slot_words * 4)
+        };
+        Ok(places.iter().map(block).collect())
     }
 
     /// The commands that bring these records are written; gives the table as it is behind them, and where

@@ -1,6 +1,7 @@
 //! Experts on their way from memory to video memory.
 //!
-//! A record goes from the store's slot into a piece of a ring, from there by a command to its slot on the
+//! Where both sides have one memory a record is read from the disk into its slot, as far as the system lets a
+//! disk write there, and nothing is copied. Otherwise it goes from the store's slot into a piece of a ring, from there by a command to its slot on the
 //! device, and the kernels that need it stand behind that command: the queue's order is all that keeps
 //! them apart, so nothing is waited for but the router's choice, a read, and the oldest piece of a full
 //! ring. What a token needs and has is computed before the choice is known here; this part brings
@@ -20,7 +21,7 @@ use super::layout::Layout;
 use super::ring::{self, Ring};
 use super::slots::{Claim, LayerSlots, Missing};
 use super::step::Busy;
-use super::{Experts, Gpu};
+use super::{Experts, Feeding, Gpu};
 use crate::compute::Temporary;
 use crate::error::Result;
 use crate::layer::experts::{ExpertScratch, OneToken, add_experts};
@@ -40,7 +41,10 @@ pub struct Tiers {
     records: Ring,
     notes: Ring,
     pub(super) plan: MissPlan,
+    /// Whether records are read into slots.
+    pub(super) in_place: bool,
     uploads: AtomicU64,
+    read_in_place: AtomicU64,
     upload_bytes: AtomicU64,
     admitted: AtomicU64,
     computed: AtomicU64,
@@ -94,7 +98,9 @@ impl Tiers {
             records: Ring::new(device, "records on their way", count, record_bytes)?,
             notes: Ring::new(device, "notes to the device", NOTES, note_bytes(layout, shape))?,
             plan: MissPlan { misses, computed_eighths, rates: None },
+            in_place: false,
             uploads: none(),
+            read_in_place: none(),
             upload_bytes: none(),
             admitted: none(),
             computed: none(),
@@ -115,6 +121,7 @@ impl Gpu {
         let [submissions, buffers] = self.device.counts();
         GpuCounters {
             uploads: t.uploads.load(Ordering::Relaxed),
+            read_in_place: t.read_in_place.load(Ordering::Relaxed),
             upload_bytes: t.upload_bytes.load(Ordering::Relaxed),
             admitted: t.admitted.load(Ordering::Relaxed),
             computed: t.computed.load(Ordering::Relaxed),
@@ -157,8 +164,42 @@ impl Gpu {
         if !slots.is_direct() {
             return self.stage_behind(host, work, slots, records, also);
         }
-        slots.write(&self.device, &host.compute.pool, records)?;
+        let copied: Vec<_> = records.iter().filter(|(r, _)| !r.is_lent()).copied().collect();
+        slots.write(&self.device, &host.compute.pool, &copied)?;
         self.landed(work, slots, records, also)
+    }
+
+    /// Reads records into the slots that were claimed for them. To be dropped before their claim.
+    fn read_in_place<'s>(
+        &self,
+        host: &Host<'s>,
+        slots: &LayerSlots,
+        places: &[(ExpertId, SlotId)],
+        purpose: Purpose,
+    ) -> Result<Fetch<'s>> {
+        let blocks = slots.lend(&self.device, places)?;
+        let experts = places.iter().map(|(expert, _)| *expert).zip(blocks);
+        Ok(host.store.fetch_into(slots.layer(), experts, purpose))
+    }
+
+    /// Whether records can be read into slots, which one is read for.
+    pub(super) fn reads_in_place(&self, host: &Host) -> Result<bool> {
+        let slots = || {
+            self.layers.iter().filter_map(|layer| match &layer.feed_forward {
+                Feeding::Experts(experts) => Some(&experts.slots),
+                Feeding::Dense { .. } => None,
+            })
+        };
+        let paged = !host.store.choice().direct || slots().all(LayerSlots::begin_at_pages);
+        // A prompt claims slots for what is read next while it computes what has landed.
+        let each = self.budget.slots_each;
+        let fits = self.budget.direct && self.budget.is_shared && each > 1;
+        // The store keeps what was read last. Where that is more than the slots hold it has what they miss.
+        let one_tier = host.store.slots() <= each * slots().count();
+        let first = slots().next().filter(|_| fits && paged && one_tier);
+        let Some(first) = first else { return Ok(false) };
+        let tried = first.lend(&self.device, &[(ExpertId(0), SlotId(0))])?.remove(0);
+        Ok(host.store.reads_into(tried))
     }
 
     /// As [`Gpu::stage`], while earlier parts of the same layer are computed: behind them where commands can
@@ -206,6 +247,8 @@ impl Gpu {
         also: &[(&[u8], &Buffer, u64)],
     ) -> Result<()> {
         let count = records.len() as u64;
+        let lent = records.iter().filter(|(record, _)| record.is_lent()).count() as u64;
+        self.tiers.read_in_place.fetch_add(lent, Ordering::Relaxed);
         self.tiers.uploads.fetch_add(count, Ordering::Relaxed);
         self.tiers.upload_bytes.fetch_add(count * slots.record_bytes() as u64, Ordering::Relaxed);
         let places: Vec<_> = records.iter().map(|(_, place)| *place).collect();
@@ -223,18 +266,12 @@ impl Gpu {
         work: &dyn Fn() -> Work<'g>,
         then: &mut dyn FnMut(&mut Work<'g>, Range<usize>),
     ) -> Result<()> {
-        let scan = wanted.iter().map(|expert| (*expert, Purpose::Scan));
-        let mut sweep = host.store.sweep(slots.layer(), scan);
-        // Records that are held keep slots of the store from the reads that follow.
-        let most =
-            self.tiers.batch().min(self.budget.slots_each).min((host.store.slots() / 4).max(1));
         let mut done = 0;
-        for group in wanted.chunks(most) {
-            // What leaves does not depend on how many records come in at once.
-            let claim = slots.claim(&self.device, group.iter().copied());
+        // What leaves does not depend on how many records come in at once.
+        let mut bring = |claim: &Claim, reads: &mut Fetch| {
             let mut places = &claim.missing[..];
             while !places.is_empty() {
-                let records = collect(&mut sweep, places.len())?;
+                let records = collect(reads, places.len())?;
                 let (now, later) = places.split_at(records.len());
                 let staged: Vec<_> = records.iter().zip(now.iter().copied()).collect();
                 let mut work = work();
@@ -244,8 +281,30 @@ impl Gpu {
                 slots.read_by(&submission, now.iter().map(|(_, slot)| *slot));
                 (places, done) = (later, done + now.len());
             }
+            Ok(())
+        };
+        let claim = |group: &[ExpertId]| slots.claim(&self.device, group.iter().copied());
+        let most = self.tiers.batch().min(self.budget.slots_each);
+        if self.tiers.in_place {
+            let read = |group: &[ExpertId]| {
+                let claim = claim(group);
+                let reads = self.read_in_place(host, slots, &claim.missing, Purpose::Scan)?;
+                Ok((reads, claim)) // which is the order in which they are dropped
+            };
+            // One group is read while another is computed.
+            let mut groups = wanted.chunks((most / 2).max(1));
+            let mut next = groups.next().map(read).transpose()?;
+            while let Some(mut now) = next {
+                next = groups.next().map(read).transpose()?;
+                bring(&now.1, &mut now.0)?;
+            }
+            return Ok(());
         }
-        Ok(())
+        let scan = wanted.iter().map(|expert| (*expert, Purpose::Scan));
+        let mut sweep = host.store.sweep(slots.layer(), scan);
+        // Records that are held keep slots of the store from the reads that follow.
+        let mut groups = wanted.chunks(most.min((host.store.slots() / 4).max(1)));
+        groups.try_for_each(|group| bring(&claim(group), &mut sweep))
     }
 
     /// Waits for the router's choice and sees to it that what is missing of it is computed, on the device up
@@ -273,7 +332,11 @@ impl Gpu {
             let ids: Vec<ExpertId> = missing.iter().map(|m| m.expert).collect();
             host.store.fetch(slots.layer(), &ids)
         };
-        let [mut uploads, mut others] = [uploaded, computed].map(fetch);
+        let mut uploads = match self.tiers.in_place {
+            true => self.read_in_place(host, slots, &claim.missing, Purpose::Use)?,
+            false => fetch(uploaded),
+        };
+        let mut others = fetch(computed);
         let mut front = self.bring(host, experts, (&claim, uploaded), &mut uploads)?;
         if !computed.is_empty() {
             Commands::submit_some(&self.device, &mut front);

@@ -1,10 +1,11 @@
 //! One layer's experts on their way from the pool or the disk to the kernels.
 //!
 //! A fetch pins what it has asked for and gives up each pin when the record is dropped. It blocks
-//! for a slot only while it holds none itself, so several fetches can never wait for each other.
+//! for a slot only while it holds none itself, so several fetches can never wait for each other. What is read
+//! into lent blocks takes no slot; dropped, a fetch waits for such reads to end.
 
 use std::ops::Deref;
-use std::sync::{Arc, MutexGuard, PoisonError};
+use std::sync::{Arc, MutexGuard, OnceLock, PoisonError};
 use std::time::Instant;
 
 use super::slots::{Key, Purpose, SlotId, SlotState};
@@ -15,11 +16,18 @@ use crate::error::Result;
 use crate::memory::Block;
 use crate::shape::{ExpertId, LayerId};
 
-/// An expert's record, pinned in the pool until dropped.
+/// An expert's record, pinned in the pool until dropped, or in a block that was lent for it.
 pub struct Record<'s> {
     store: &'s ExpertStore,
-    slot: SlotId,
+    slot: Option<SlotId>, // none of a lent block
     block: Option<Arc<Block>>,
+}
+
+impl Record<'_> {
+    /// Whether it is in the block that was lent for it.
+    pub fn is_lent(&self) -> bool {
+        self.slot.is_none()
+    }
 }
 
 impl Deref for Record<'_> {
@@ -34,17 +42,19 @@ impl Drop for Record<'_> {
     fn drop(&mut self) {
         // The share of the block goes first: a slot without pins may be handed to a reader.
         self.block = None;
-        self.store.inner.lock().slots.unpin(self.slot);
+        let Some(slot) = self.slot else { return };
+        self.store.inner.lock().slots.unpin(slot);
         self.store.inner.changed.notify_all();
     }
 }
 
-#[derive(Clone, Copy)]
-enum Want {
+pub(super) enum Want {
     /// No slot yet.
     Unasked(Key, Purpose),
     /// Pinned; ready or being read.
     Pinned(Key, SlotId),
+    /// Read, or being read, into a lent block.
+    Lent(Key, Arc<OnceLock<Result<Arc<Block>, String>>>),
     /// Handed out.
     Done,
 }
@@ -69,8 +79,16 @@ impl<'s> Fetch<'s> {
         let inner = &store.inner;
         let wants = experts.map(|(e, purpose)| Want::Unasked(inner.key(layer, e), purpose));
         let wants = wants.collect();
+        Self::of(store, wants, &mut inner.lock())
+    }
+
+    pub(super) fn of(
+        store: &'s ExpertStore,
+        wants: SmallVec<[Want; INLINE]>,
+        pool: &mut PoolState,
+    ) -> Self {
         let mut fetch = Self { store, wants, first: 0 };
-        fetch.ask(&mut inner.lock());
+        fetch.ask(pool);
         fetch
     }
 
@@ -147,23 +165,27 @@ impl<'s> Fetch<'s> {
     }
 
     fn take(&mut self, pool: &mut PoolState, index: usize) -> Result<Option<Record<'s>>> {
-        let Want::Pinned(key, slot) = self.wants[index] else { return Ok(None) };
-        match pool.slots.state(slot) {
-            SlotState::Ready(_) => {}
-            SlotState::Failed(_) => {
-                let reason = pool.failures.get(&slot.0).cloned();
-                return Err(self
-                    .store
-                    .inner
-                    .error(key, reason.unwrap_or_else(|| "read failed".into())));
-            }
-            _ => return Ok(None),
-        }
+        let failed = |key: Key, reason: Option<&String>| {
+            let reason = reason.cloned();
+            self.store.inner.error(key, reason.unwrap_or_else(|| "read failed".into()))
+        };
+        let (slot, block) = match &self.wants[index] {
+            Want::Pinned(key, slot) => match pool.slots.state(*slot) {
+                SlotState::Ready(_) => (Some(*slot), pool.blocks[slot.0 as usize].clone()),
+                SlotState::Failed(_) => return Err(failed(*key, pool.failures.get(&slot.0))),
+                _ => return Ok(None),
+            },
+            Want::Lent(key, outcome) => match outcome.get() {
+                Some(Ok(block)) => (None, Some(Arc::clone(block))),
+                Some(Err(reason)) => return Err(failed(*key, Some(reason))),
+                None => return Ok(None),
+            },
+            Want::Unasked(..) | Want::Done => return Ok(None),
+        };
         self.wants[index] = Want::Done;
         while matches!(self.wants.get(self.first), Some(Want::Done)) {
             self.first += 1;
         }
-        let block = pool.blocks[slot.0 as usize].clone();
         Ok(Some(Record { store: self.store, slot, block }))
     }
 
@@ -177,7 +199,7 @@ impl<'s> Fetch<'s> {
 }
 
 /// Wants that need no allocation: more than any published model chooses for a token.
-const INLINE: usize = 16;
+pub(super) const INLINE: usize = 16;
 /// Wants asked for at once even in a tiny pool, as far as slots are free.
 const MIN_WINDOW: usize = 16;
 
@@ -185,8 +207,15 @@ impl Drop for Fetch<'_> {
     fn drop(&mut self) {
         let mut pool = self.store.inner.lock();
         for want in &self.wants {
-            if let Want::Pinned(_, slot) = want {
-                pool.slots.unpin(*slot);
+            match want {
+                Want::Pinned(_, slot) => pool.slots.unpin(*slot),
+                // Its memory is the lender's again only now.
+                Want::Lent(_, outcome) => {
+                    while outcome.get().is_none() {
+                        pool = self.wait(pool);
+                    }
+                }
+                Want::Unasked(..) | Want::Done => {}
             }
         }
         drop(pool);

@@ -25,15 +25,16 @@ pub use files::IoMode;
 pub use readers::Reader;
 
 use std::collections::{HashMap, VecDeque};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use crate::container::Container;
 use crate::error::{Error, Result};
 use crate::memory::Block;
 use crate::shape::{ExpertId, LayerId};
 use counters::AtomicCounters;
+use fetch::Want;
 use files::LayerFile;
-use queue::{GUESSES_RUNNING_MAX, Job};
+use queue::{GUESSES_RUNNING_MAX, Job, Place};
 use readers::Readers;
 use slots::{Key, SlotId, SlotState, Slots};
 
@@ -162,6 +163,47 @@ impl ExpertStore {
         Fetch::start(self, layer, experts)
     }
 
+    /// Asks for experts of one layer, each read whole into a block that is lent for it: the pool neither takes
+    /// nor keeps them. Those that the pool has or is reading come from there, and their block is given up. An
+    /// expert that is asked for both ways at once is read twice.
+    ///
+    /// A block that is shorter than a record makes its read an error.
+    pub fn fetch_into(
+        &self,
+        layer: LayerId,
+        experts: impl Iterator<Item = (ExpertId, Block)>,
+        purpose: Purpose,
+    ) -> Fetch<'_> {
+        let pool = &mut *self.inner.lock();
+        let want = |(expert, block)| {
+            let key = self.inner.key(layer, expert);
+            if pool.slots.holds(key) {
+                return Want::Unasked(key, purpose);
+            }
+            pool.count(key, purpose);
+            self.inner.counters.miss();
+            let lent = Arc::new(OnceLock::new());
+            let place = Place::Lent(Arc::clone(&lent));
+            self.readers.queue.submit(Job { key, place, block: Arc::new(block), purpose });
+            Want::Lent(key, lent)
+        };
+        let wants = experts.map(want).collect();
+        Fetch::of(self, wants, pool)
+    }
+
+    /// Whether records can be read into such blocks, tried with one of the first layer's. Direct reads want
+    /// blocks at the start of a page, and memory that the system lets a disk write to. With a ring they can
+    /// not: where one fails, the system may still write to what it was given.
+    pub fn reads_into(&self, block: Block) -> bool {
+        let Some(file) = self.inner.files.first().filter(|_| self.reader() == Reader::Threads)
+        else {
+            return false;
+        };
+        let mut fetch =
+            self.fetch_into(file.layer, [(ExpertId(0), block)].into_iter(), Purpose::Scan);
+        fetch.next_in_order().is_ok_and(|record| record.is_some_and(|record| record.is_lent()))
+    }
+
     /// Brings experts in that may be needed soon, while nobody waits for a read.
     ///
     /// Guesses made earlier that have not been read by now are withdrawn.
@@ -175,7 +217,7 @@ impl ExpertStore {
             }
             let Some(slot) = pool.slots.claim(key, Purpose::Guess) else { return };
             let block = pool.take_block(slot);
-            let job = Job { key, slot, block, purpose: Purpose::Guess };
+            let job = Job { key, place: Place::Slot(slot), block, purpose: Purpose::Guess };
             self.readers.queue.submit_guess(job);
         }
     }
@@ -237,10 +279,11 @@ impl ExpertStore {
 
     fn withdraw(&self, pool: &mut PoolState) {
         for job in self.readers.queue.withdraw_guesses() {
-            if pool.slots.withdraw(job.slot) {
-                pool.blocks[job.slot.0 as usize] = Some(job.block);
-            } else {
-                self.readers.queue.submit(job);
+            match job.place {
+                Place::Slot(slot) if pool.slots.withdraw(slot) => {
+                    pool.blocks[slot.0 as usize] = Some(job.block);
+                }
+                _ => self.readers.queue.submit(job),
             }
         }
     }
@@ -250,8 +293,7 @@ impl ExpertStore {
     /// `None` when no slot can be had now.
     fn request(&self, pool: &mut PoolState, key: Key, purpose: Purpose) -> Option<SlotId> {
         let counters = &self.inner.counters;
-        let uses = &mut pool.uses[key.0 as usize];
-        *uses = uses.saturating_add(u32::from(purpose == Purpose::Use));
+        pool.count(key, purpose);
         let brought = pool.slots.brought(key);
         if let Some(slot) = pool.slots.pin(key, purpose) {
             let reading = matches!(pool.slots.state(slot), SlotState::Reading(_));
@@ -267,12 +309,18 @@ impl ExpertStore {
         let slot = pool.slots.claim(key, purpose)?;
         counters.miss();
         let block = pool.take_block(slot);
-        self.readers.queue.submit(Job { key, slot, block, purpose });
+        self.readers.queue.submit(Job { key, place: Place::Slot(slot), block, purpose });
         Some(slot)
     }
 }
 
 impl PoolState {
+    /// An expert was asked for.
+    fn count(&mut self, key: Key, purpose: Purpose) {
+        let uses = &mut self.uses[key.0 as usize];
+        *uses = uses.saturating_add(u32::from(purpose == Purpose::Use));
+    }
+
     /// The block of a slot, made when the slot is used for the first time.
     fn take_block(&mut self, slot: SlotId) -> Arc<Block> {
         let block = self.blocks[slot.0 as usize].take();
@@ -297,7 +345,7 @@ impl PoolState {
         };
         let block = self.take_block(slot);
         self.preloading += 1;
-        Some(Job { key, slot, block, purpose: Purpose::Preload })
+        Some(Job { key, place: Place::Slot(slot), block, purpose: Purpose::Preload })
     }
 }
 
@@ -330,17 +378,26 @@ impl Inner {
     #[must_use]
     fn finish(&self, job: Job, outcome: std::io::Result<()>) -> Option<Job> {
         let mut pool = self.lock();
-        pool.blocks[job.slot.0 as usize] = Some(job.block);
         pool.preloading -= usize::from(job.purpose == Purpose::Preload);
-        match outcome {
-            Ok(()) => {
-                self.counters.read(job.purpose, self.locate(job.key).0.read_bytes);
-                pool.slots.landed(job.slot);
+        match &outcome {
+            Ok(()) => self.counters.read(job.purpose, self.locate(job.key).0.read_bytes),
+            Err(_) => pool.preloads.clear(),
+        }
+        let outcome = outcome.map_err(|e| describe(&e));
+        match job.place {
+            Place::Slot(slot) => {
+                pool.blocks[slot.0 as usize] = Some(job.block);
+                match outcome {
+                    Ok(()) => pool.slots.landed(slot),
+                    Err(reason) => {
+                        pool.slots.failed(slot);
+                        pool.failures.insert(slot.0, reason);
+                    }
+                }
             }
-            Err(e) => {
-                pool.slots.failed(job.slot);
-                pool.failures.insert(job.slot.0, describe(&e));
-                pool.preloads.clear();
+            Place::Lent(lent) => {
+                let set = lent.set(outcome.map(|()| job.block));
+                debug_assert!(set.is_ok(), "a read ends once");
             }
         }
         let next = pool.next_preload();

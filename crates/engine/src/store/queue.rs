@@ -5,20 +5,35 @@
 //! its read has begun. The queue does not know who reads: threads wait for it, a ring is rung.
 
 use std::collections::VecDeque;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use super::ring::Bell;
 use super::slots::{Key, Purpose, SlotId};
 use crate::memory::Block;
 
-/// One record to be read into the block of its slot.
+/// One record to be read.
 pub(super) struct Job {
     pub key: Key,
-    pub slot: SlotId,
+    pub place: Place,
     /// Owned by the job alone until the read is complete.
     pub block: Arc<Block>,
     /// A guess may be withdrawn before it begins.
     pub purpose: Purpose,
+}
+
+/// Whose block a record is read into.
+pub(super) enum Place {
+    /// A slot's of the pool.
+    Slot(SlotId),
+    /// One that a fetch was lent; how the read ended.
+    Lent(Arc<OnceLock<Result<Arc<Block>, String>>>),
+}
+
+impl Place {
+    /// Whether it is this slot.
+    fn is(&self, slot: SlotId) -> bool {
+        matches!(self, Self::Slot(own) if *own == slot)
+    }
 }
 
 /// A read that has been taken from the queue to be made.
@@ -75,7 +90,7 @@ impl Queue {
     /// Moves a queued guess to the reads that somebody waits for; `false` if it is not queued.
     pub fn promote(&self, slot: SlotId, purpose: Purpose) -> bool {
         let mut jobs = self.lock();
-        let Some(place) = jobs.guessed.iter().position(|job| job.slot == slot) else {
+        let Some(place) = jobs.guessed.iter().position(|job| job.place.is(slot)) else {
             return false;
         };
         let job = jobs.guessed.remove(place).expect("the place was just found");

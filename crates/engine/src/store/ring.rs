@@ -17,7 +17,7 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use smallvec::SmallVec;
 
 use super::Inner;
-use super::queue::{Begun, Queue};
+use super::queue::{Begun, Place, Queue};
 use super::slots::SlotId;
 use crate::memory::Block;
 
@@ -143,7 +143,10 @@ impl Ring {
         let (file, _, offset) = inner.locate(begun.job.key);
         let read_bytes = file.read_bytes;
         let block = Arc::get_mut(&mut begun.job.block).expect("a slot being read is not shared");
-        let registered = self.register(begun.job.slot, block);
+        let registered = match begun.job.place {
+            Place::Slot(slot) => self.register(slot, block),
+            Place::Lent(_) => None,
+        };
         let (fd, flags) = match self.files {
             true => (types::Fd(ordinal as i32), squeue::Flags::FIXED_FILE),
             false => (types::Fd(file.file.as_raw_fd()), squeue::Flags::empty()),

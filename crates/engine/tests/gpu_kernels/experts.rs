@@ -58,6 +58,7 @@ impl Records {
         let filled = |bytes: &[u8]| device.filled("test", bytes).expect("memory");
         let places = filled(bytemuck::cast_slice(&places));
         let slabs: Vec<_> = slots.chunks(slot_bytes * self.slabs.slots_each).map(filled).collect();
+        let slabs: Vec<_> = slabs.iter().map(wgpu::Buffer::as_entire_buffer_binding).collect();
         stand.views.slots_group(device, &places, &slabs).expect("a group")
     }
 

@@ -8,7 +8,8 @@ use std::fmt::Write as _;
 
 use flash_moe_engine::budget::gib;
 use flash_moe_engine::gpu::{
-    self, ChunkOf, GpuOptions, MissPlan, MissRates, Misses, SHARES, Stored, VideoBudget,
+    self, ChunkOf, DeviceLimits, GpuOptions, MissPlan, MissRates, Misses, SHARES, Stored,
+    VideoBudget,
 };
 use flash_moe_engine::pool::Pool;
 use flash_moe_engine::timing::Stage;
@@ -40,6 +41,8 @@ pub struct VideoPlan {
     pub slots_bytes: u64,
     /// Whether records are written there without memory for uploads in between.
     pub direct: bool,
+    /// Whether they are expected to be read there from the disk, and never copied.
+    pub in_place: bool,
     /// Experts of each layer that have a slot.
     pub slots: usize,
     /// Experts of each layer.
@@ -92,8 +95,17 @@ impl VideoPlan {
         let GpuRates { device, chunk, compute, disk } = measured;
         let upload = (!budget.direct).then_some(device.copy);
         let rates = MissRates { stage: device.stage, upload, compute };
+        let slots = budget.slots_each * case.work.expert_layers();
+        // One memory: nothing is copied on the device, and what is missing is read into its slot, as far as the
+        // system lets a disk write there.
+        let one_memory = budget.direct && budget.is_shared;
+        let in_place = one_memory && case.slots() <= slots;
+        let taken = |rate: f64, is_taken: bool| if is_taken { rate } else { f64::INFINITY };
+        let (stage, copy) = (taken(device.stage, !in_place), taken(device.copy, !one_memory));
+        let prompts = GpuRates { device: DeviceLimits { stage, copy, ..device }, ..measured };
         let computed_eighths = match misses {
             _ if budget.resident => 0,
+            Misses::Auto if in_place => 0,
             Misses::Auto => rates.computed_eighths(),
             Misses::Upload => 0,
             Misses::Cpu => SHARES,
@@ -112,7 +124,7 @@ impl VideoPlan {
         let seconds = |missed: f64, read: f64| {
             let touched = work.all_token_bytes(case.prompt) - part * missed;
             let (uploaded, computed) = ((1.0 - part) * missed, part * missed);
-            let staging = uploaded / rates.stage;
+            let staging = uploaded / stage;
             let rest = [rates.upload.map_or(0.0, |rate| uploaded / rate), computed / rates.compute];
             ([touched / device.read, staging], rest, read / disk)
         };
@@ -129,6 +141,7 @@ impl VideoPlan {
             lines: lines.collect(),
             slots_bytes: budget.slots_each as u64 * budget.slot_bytes,
             direct: budget.direct,
+            in_place,
             slots: budget.slots_each,
             experts: budget.experts,
             compute_bytes_per_second: compute,
@@ -137,7 +150,7 @@ impl VideoPlan {
             miss_bytes,
             disk_bytes,
             decode: Range { low: 1.0 / low, high: 1.0 / high },
-            prefill: prefill(case, here, &measured),
+            prefill: prefill(case, here, &prompts),
         }
     }
 
@@ -156,7 +169,7 @@ impl VideoPlan {
         let misses = MissPlan {
             misses: Misses::Auto,
             computed_eighths: self.computed_eighths,
-            rates: Some(MissRates {
+            rates: (!self.in_place).then_some(MissRates {
                 stage: self.limits.stage_bytes_per_second,
                 upload: (!self.direct).then_some(self.limits.copy_bytes_per_second),
                 compute: self.compute_bytes_per_second,
@@ -187,7 +200,11 @@ mod tests {
     use crate::plan::prefill::tests::{RATES, RECORD, case};
 
     fn plan(slots_each: usize, misses: Misses) -> VideoPlan {
-        let budget = VideoBudget {
+        VideoPlan::estimate(&budget(slots_each), misses, &case(512), RATES)
+    }
+
+    fn budget(slots_each: usize) -> VideoBudget {
+        VideoBudget {
             adapter: "a GPU".into(),
             limit: 8 << 30,
             fixed: Vec::new(),
@@ -198,8 +215,25 @@ mod tests {
             direct: false,
             is_shared: false,
             buffer_bytes: 1 << 30,
-        };
-        VideoPlan::estimate(&budget, misses, &case(512), RATES)
+        }
+    }
+
+    #[test]
+    fn what_is_read_in_place_is_the_gpus_and_costs_no_copy() {
+        let apart = VideoBudget { direct: true, ..budget(64) };
+        let shared = VideoBudget { is_shared: true, ..apart.clone() };
+        let all = case(512);
+        // A pool of one token's experts.
+        let limit_bytes = all.fixed_bytes + 320 * all.slot_bytes;
+        let least = Case { limit_bytes, ..all.clone() };
+        let plan = |budget, case| VideoPlan::estimate(budget, Misses::Auto, case, RATES);
+        let [apart, copied, in_place] =
+            [plan(&apart, &least), plan(&shared, &all), plan(&shared, &least)];
+        assert_eq!((in_place.in_place, in_place.computed_eighths), (true, 0));
+        assert!(!apart.in_place && !copied.in_place);
+        assert!(in_place.decode.low > apart.decode.low);
+        assert!(in_place.prefill.low > apart.prefill.low);
+        assert!(in_place.render(512).contains("uploaded (--gpu-misses auto)"));
     }
 
     #[test]
