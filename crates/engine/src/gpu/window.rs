@@ -193,6 +193,27 @@ mod tests {
         assert!(found == expected);
     }
 
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn a_direct_read_brings_the_file_or_an_error() {
+        use std::os::unix::fs::{FileExt, OpenOptionsExt};
+        let Some((_device, window)) = window(400_000) else { return };
+        let file = tempfile::NamedTempFile::new().expect("a file");
+        let sent: Vec<u8> = (0..64 * PAGE_BYTES).map(|i| (i / 3 % 251) as u8).collect();
+        std::fs::write(file.path(), &sent).expect("the file");
+        for flags in [0, libc::O_DIRECT] {
+            let read = std::fs::OpenOptions::new().read(true).custom_flags(flags).open(file.path());
+            let Ok(read) = read else { continue }; // a file system without direct reads
+            let first = window.bytes_to_page();
+            let mut block = window.lend(first..first + sent.len());
+            block.bytes_mut().fill(0);
+            match read.read_exact_at(block.bytes_mut(), 0) {
+                Ok(()) => assert!(block.bytes() == sent),
+                Err(e) => println!("SKIP: no reads into this memory with flags {flags}: {e}"),
+            }
+        }
+    }
+
     #[test]
     fn a_part_is_lent_to_one_at_a_time_and_lies_in_its_window() {
         let Some((_device, window)) = window(100) else { return };
