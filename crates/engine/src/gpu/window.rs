@@ -196,6 +196,7 @@ mod tests {
     #[cfg(target_os = "linux")]
     #[test]
     fn a_direct_read_brings_the_file_or_an_error() {
+        use std::io::Write;
         use std::os::unix::fs::{FileExt, OpenOptionsExt};
         let Some((_device, window)) = window(400_000) else { return };
         let file = tempfile::NamedTempFile::new().expect("a file");
@@ -209,7 +210,10 @@ mod tests {
             block.bytes_mut().fill(0);
             match read.read_exact_at(block.bytes_mut(), 0) {
                 Ok(()) => assert!(block.bytes() == sent),
-                Err(e) => println!("SKIP: no reads into this memory with flags {flags}: {e}"),
+                Err(e) => {
+                    let said = format!("SKIP: no reads into this memory with flags {flags}: {e}");
+                    writeln!(std::io::stderr(), "{said}").expect("standard error");
+                }
             }
         }
     }
