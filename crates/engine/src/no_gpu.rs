@@ -122,6 +122,11 @@ impl Gpu {
         match *self {}
     }
 
+    /// Whether records are read from the disk into their slots.
+    pub fn is_in_place(&self) -> bool {
+        match *self {}
+    }
+
     /// Stages are timed from here on, or no more.
     pub fn let_clock_run(&self, _: bool) {
         match *self {}

@@ -138,6 +138,10 @@ fn a_lent_block_that_is_too_short_or_a_file_that_is_cut_off_is_an_error_and_not_
     for (io, reader) in ways() {
         let (dir, container) = model();
         let store = store(&container, 10, io, reader);
+        let short = [(ExpertId(3), Block::zeroed(100))].into_iter();
+        let error = store.fetch_into(LayerId(5), short, Purpose::Use).next_in_order();
+        let said = error.err().expect("a refusal").to_string();
+        assert!(said.contains("the block is shorter than the record"), "{said}");
         assert!(!store.reads_into(Block::zeroed(100)));
         let layer = dir.path().join("experts/layer_05.bin");
         let whole = fs::read(&layer).expect("a layer file");

@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, ensure};
 use flash_moe_engine::container::Container;
 use flash_moe_engine::engine::Engine;
+use flash_moe_engine::gpu::Gpu;
 use flash_moe_engine::shape::{ExpertId, LayerId};
 use serde::{Deserialize, Serialize};
 
@@ -52,6 +53,12 @@ impl HotSetFile {
 
     /// Begins to fill the engine's pool in the background. What is wrong with the file is a note.
     pub fn load(&self, engine: &Engine) {
+        if has_no_pool(engine) {
+            return note(
+                "hot set neither read nor saved: the GPU's experts are read from the disk to where it reads them; \
+                 --gpu-uploads staged takes the cache",
+            );
+        }
         match read(&self.path, engine.container()) {
             Ok(experts) => {
                 let places = experts.into_iter();
@@ -64,6 +71,9 @@ impl HotSetFile {
 
     /// Keeps what the engine's pool holds. Failing to is a note.
     pub fn save(&self, engine: &Engine) {
+        if has_no_pool(engine) {
+            return;
+        }
         let hot = engine.store().hot_set().into_iter().filter(|&(_, _, uses)| uses > 0);
         let contents = Contents {
             format: FORMAT.into(),
@@ -76,6 +86,11 @@ impl HotSetFile {
             note(&format!("hot set not saved: {}: {error:#}; {advice}", self.path.display()));
         }
     }
+}
+
+/// Whether experts pass by the pool, which would leave nothing of what was kept before.
+fn has_no_pool(engine: &Engine) -> bool {
+    engine.gpu().is_some_and(Gpu::is_in_place)
 }
 
 fn note(text: &str) {

@@ -107,6 +107,31 @@ fn the_greedy_tokens_and_the_state_are_those_of_the_processor() {
 }
 
 #[test]
+fn a_hot_set_is_left_alone_where_experts_pass_by_the_pool() {
+    if !there_is_one() {
+        return;
+    }
+    let home = Home::new();
+    let file = text(&home.path("hot.json"));
+    let on = |device, more: &[&str]| {
+        let args = ["run", "--greedy", "--max-tokens", "4", "--hot-set", &file, "--device", device];
+        home.succeed(&[&args[..], more, &["A robot"]].concat())
+    };
+    on("cpu", &[]);
+    let kept = std::fs::read(&file).expect("a hot set");
+    // Vulkan's first adapter may be a card with memory of its own, whose experts go through the pool.
+    let run = on("gpu:0", &["--json"]);
+    let object: Value = serde_json::from_slice(&run.stdout).expect("one JSON object");
+    let video = &object["video_memory"];
+    let in_place = video["read_in_place"] == video["uploads"];
+    let said = String::from_utf8(run.stderr).expect("text");
+    assert_eq!(said.contains("hot set neither read nor saved"), in_place, "{said}");
+    assert_eq!(std::fs::read(&file).expect("a hot set") == kept, in_place);
+    let said = on("gpu:0", &["--gpu-uploads", "staged"]).stderr;
+    assert!(!String::from_utf8(said).expect("text").contains("hot set"));
+}
+
+#[test]
 fn devices_and_refusals_say_what_to_do() {
     let home = converted();
     let said = String::from_utf8(home.succeed(&["devices"]).stdout).expect("text");

@@ -20,7 +20,8 @@ use crate::weights::{LayerWeights, Weights};
 /// Tokens of a chunk on a discrete GPU, of which the first that fits is taken.
 const CHUNKS: [usize; 2] = [2048, 1024];
 
-/// What the driver and the kernels themselves take, and what the driver copies through.
+/// What the driver and the kernels themselves take, what the driver copies through, and a page for each buffer
+/// of slots.
 const DRIVER_BYTES: u64 = 320 << 20;
 
 /// What a model asks for.

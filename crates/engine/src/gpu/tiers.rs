@@ -1,10 +1,10 @@
 //! Experts on their way from memory to video memory.
 //!
 //! Where both sides have one memory a record is read from the disk into its slot, as far as the system lets a
-//! disk write there, and nothing is copied. Otherwise it goes from the store's slot into a piece of a ring, from there by a command to its slot on the
-//! device, and the kernels that need it stand behind that command: the queue's order is all that keeps
-//! them apart, so nothing is waited for but the router's choice, a read, and the oldest piece of a full
-//! ring. What a token needs and has is computed before the choice is known here; this part brings
+//! disk write there, and nothing is copied. Otherwise it goes from the store's slot into a piece of a ring,
+//! from there by a command to its slot on the device, and the kernels that need it stand behind that command:
+//! the queue's order is all that keeps them apart, so nothing is waited for but the router's choice, a read,
+//! and the oldest piece of a full ring. What a token needs and has is computed before the choice is known here; this part brings
 //! the rest. Records are brought as they land, so that uploads, reads and kernels go on together. A fixed part
 //! of a layer's missing experts may be the processor's, which computes them meanwhile; of those the ones
 //! that are chosen again soon are brought as well, where nothing waits for it.
@@ -180,6 +180,11 @@ impl Gpu {
         let blocks = slots.lend(&self.device, places)?;
         let experts = places.iter().map(|(expert, _)| *expert).zip(blocks);
         Ok(host.store.fetch_into(slots.layer(), experts, purpose))
+    }
+
+    /// Whether records are read from the disk into their slots, past the store's pool.
+    pub fn is_in_place(&self) -> bool {
+        self.tiers.in_place
     }
 
     /// Whether records can be read into slots, which one is read for.

@@ -175,10 +175,14 @@ impl ExpertStore {
         purpose: Purpose,
     ) -> Fetch<'_> {
         let pool = &mut *self.inner.lock();
-        let want = |(expert, block)| {
+        let want = |(expert, block): (ExpertId, Block)| {
             let key = self.inner.key(layer, expert);
             if pool.slots.holds(key) {
                 return Want::Unasked(key, purpose);
+            }
+            if block.bytes().len() < self.inner.locate(key).0.read_bytes {
+                let refusal = String::from("the block is shorter than the record");
+                return Want::Lent(key, Arc::new(OnceLock::from(Err(refusal))));
             }
             pool.count(key, purpose);
             self.inner.counters.miss();
@@ -379,9 +383,8 @@ impl Inner {
     fn finish(&self, job: Job, outcome: std::io::Result<()>) -> Option<Job> {
         let mut pool = self.lock();
         pool.preloading -= usize::from(job.purpose == Purpose::Preload);
-        match &outcome {
-            Ok(()) => self.counters.read(job.purpose, self.locate(job.key).0.read_bytes),
-            Err(_) => pool.preloads.clear(),
+        if outcome.is_ok() {
+            self.counters.read(job.purpose, self.locate(job.key).0.read_bytes);
         }
         let outcome = outcome.map_err(|e| describe(&e));
         match job.place {
@@ -392,6 +395,7 @@ impl Inner {
                     Err(reason) => {
                         pool.slots.failed(slot);
                         pool.failures.insert(slot.0, reason);
+                        pool.preloads.clear();
                     }
                 }
             }

@@ -97,9 +97,6 @@ impl Inner {
     pub(super) fn read(&self, job: &mut Job) -> std::io::Result<()> {
         let (file, _, offset) = self.locate(job.key);
         let block = Arc::get_mut(&mut job.block).expect("a slot being read is not shared");
-        let Some(bytes) = block.bytes_mut().get_mut(..file.read_bytes) else {
-            return Err(std::io::Error::other("the block is shorter than the record"));
-        };
-        read_exact_at(&file.file, bytes, offset)
+        read_exact_at(&file.file, &mut block.bytes_mut()[..file.read_bytes], offset)
     }
 }

@@ -228,6 +228,14 @@ fn medians<'a>(runs: &'a [RunReport]) -> Vec<(&'a RunReport, (f64, f64))> {
     groups.into_iter().map(middle).collect()
 }
 
+/// Tokens a second in six characters, up to a million of them.
+fn rate(tokens_per_second: f64) -> String {
+    match tokens_per_second {
+        few if few < 999.995 => format!("{few:.2}"),
+        many => format!("{many:.0}"),
+    }
+}
+
 fn summary(middle: &[(&RunReport, (f64, f64))]) -> String {
     let mut out = format!(
         "\n{:<8}{:<5}{:>7}{:>7}{:>8}{:>15}{:>8}{:>9}{:>7}{:>8}{:>10}{:>8}\n",
@@ -248,7 +256,7 @@ fn summary(middle: &[(&RunReport, (f64, f64))]) -> String {
         let e = &run.experts;
         let range = match slowest == fastest {
             true => String::new(),
-            false => format!("{slowest:.2}-{fastest:.2}"),
+            false => format!("{}-{}", rate(*slowest), rate(*fastest)),
         };
         let disk = match (e.read_bytes, e.disk_fraction) {
             (0, _) | (_, None) => "-".into(),
@@ -256,12 +264,12 @@ fn summary(middle: &[(&RunReport, (f64, f64))]) -> String {
         };
         writeln!(
             out,
-            "{:<8}{:<5}{:>7}{:>7}{:>8.2}{range:>15}{:>8}{:>9.1}{:>7}{disk:>8}{:>10}{:>8}",
+            "{:<8}{:<5}{:>7}{:>7}{:>8}{range:>15}{:>8}{:>9.1}{:>7}{disk:>8}{:>10}{:>8}",
             phase(run),
             pool(run),
             run.position,
             run.tokens,
-            run.tokens_per_second,
+            rate(run.tokens_per_second),
             percent(e.hit_rate),
             e.read_bytes_per_token / 1e6,
             percent(e.wait_seconds / run.seconds),
@@ -363,7 +371,7 @@ fn pool(run: &RunReport) -> &'static str {
 
 #[cfg(test)]
 mod tests {
-    use super::line;
+    use super::{line, rate};
 
     #[test]
     fn long_lines_are_wrapped_under_their_name() {
@@ -371,5 +379,12 @@ mod tests {
         assert!(text.lines().all(|l| l.len() <= 100), "{text}");
         assert!(text.lines().skip(1).all(|l| l.starts_with("         word")), "{text}");
         assert_eq!(text.split_whitespace().count(), 41);
+    }
+
+    #[test]
+    fn rates_take_six_characters_at_most() {
+        let rates = [0.6789, 0.0, 33.333, 999.99, 999.996, 1234.5, 12962.13, 999_999.4];
+        let told = ["0.68", "0.00", "33.33", "999.99", "1000", "1234", "12962", "999999"];
+        assert_eq!(rates.map(rate), told);
     }
 }
